@@ -19,8 +19,13 @@ OUTSIDE = "lies outside the class folders"
 class ClassFolders(LabeledFiles):
     """A class is a folder; see ``folder_layout`` for where the class folders are."""
 
+    by_folders = True
+
     def recognises(self, path: Path) -> bool:
         return os.path.exists(path)
+
+    def around(self, word: str) -> str:
+        return find_layout(word, list_files(word, PATHS)).prefix
 
     def images(self, word: str) -> tuple[list[tuple[str, Listing]], Skipped]:
         listing = list_files(word, "a folder, a tar or a zip of images")

@@ -106,7 +106,7 @@ def wide_values(data: bytes, pixels: Pixels) -> StoredValues | None:
         raise
     except Exception:  # decoding says why
         return None
-    return None if values is None or values.values_HWC.dtype.itemsize == 1 else values
+    return values if values is not None and values.is_wide else None
 
 
 def stored_channels(data: bytes) -> int | None:

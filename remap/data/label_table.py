@@ -64,7 +64,7 @@ class LabelTable(Rows):
             labels: tuple[str, ...] = ()
             if labeled:
                 labels = _set_classes(row, classes, number) if classes else labels_of(row[label_at], separator)
-            yield Row(path, listing, labels, None if split_at < 0 else row[split_at], why_left_out(path))
+            yield Row(path, listing, labels, None if split_at < 0 else row[split_at].strip(), why_left_out(path))
 
 
 def _class_columns(named: str | None, header: list[str], others: set[int]) -> dict[str, int]:
@@ -101,7 +101,8 @@ def _cells(word: str) -> list[list[str]]:
         if path.suffix.lower() in LISTS and not any(mark in first for mark in ",;\t"):
             rows = [line.strip().rsplit(None, 1) for line in text.splitlines()]  # names may hold spaces
         else:
-            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True))
+            marks = "\t,;" if path.suffix.lower() == ".tsv" else ",;\t"  # of as many the first one
+            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(marks, key=first.count), strict=True))
     except (OSError, UnicodeError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DataError(f"cannot read {word}: {reason}", allowed="a CSV or TSV in UTF-8") from error

@@ -82,7 +82,7 @@ def _to_evaluate_on(word: str, depth: int) -> tuple[ByClass, Skipped]:
     source = find_source(word)
     if not isinstance(source, LabeledFiles):
         raise DataError("images to evaluate on come from a path", given=word, allowed=PATHS)
-    splits, skipped = source.read(word, depth)
+    splits, skipped = source.read(word, depth if source.by_folders else None)
     return to_evaluate_on(splits, word), skipped
 
 

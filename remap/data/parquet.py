@@ -9,9 +9,9 @@ from typing import Any
 
 from remap.data.arrow_rows import columns, table_rows
 from remap.data.rows import Row, Rows, require_package
-from remap.data.shards import of_split, shards
+from remap.data.shards import Shard, of_split, shards
 from remap.data.tar_listing import FREE_GROWTH, MOST_GROWTH
-from remap.data.words import Word
+from remap.data.words import Word, parsed
 from remap.errors import DataError
 from remap.io.checked_read import open_regular
 from remap.io.names import first_line
@@ -27,6 +27,10 @@ class Parquet(Rows):
 
     def recognises(self, path: Path) -> bool:
         return path.suffix.lower() == ".parquet" and os.path.isfile(path)
+
+    def shards(self, word: str) -> list[Shard]:
+        found = parsed(word)
+        return of_split(shards(found.rest, (".parquet",)), found.options.get("split"))
 
     def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
         require_package("pyarrow", "parquet", "Parquet")

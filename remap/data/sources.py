@@ -13,6 +13,7 @@ from remap.data import CLASSES, MULTILABEL, SOURCES, is_source
 from remap.data.file_listing import Listing, list_folder
 from remap.data.image_files import Skipped, also_left_out
 from remap.data.images import SUFFIXES
+from remap.data.shards import Shard
 from remap.data.splits import NO_LABEL, ImageData, Split
 from remap.data.tar_listing import list_tar
 from remap.data.words import of_images, parsed, place_of
@@ -43,10 +44,12 @@ class Source(ABC):
         least_classes: How few classes of images there may be, for sources of files.
         task: The recipe's ``task``: what a label is.
         several_labels: Whether an image of it can have several labels.
+        by_folders: Whether the class of an image is a folder, so that ``depth`` counts.
     """
 
     task: str = CLASSES
     several_labels: bool = False
+    by_folders: bool = False
     depth: int | None = None
     least_classes: int = 2
 
@@ -77,6 +80,14 @@ class Source(ABC):
         index = {name: i for i, name in enumerate(everything.names)}
         listing = Listing(everything.names, (), lambda name: everything.read(index[name]), lambda _name: -1)
         return [(name, listing) for name in everything.names], data.skipped
+
+    def around(self, word: str) -> str:
+        """Return the folder around all images, which their names leave out, as "photos/"; empty without one."""
+        return ""
+
+    def shards(self, word: str) -> list[Shard]:
+        """Return the files that a word names, in whose names those of the images begin; none of other sources."""
+        return []
 
     def by_shard(self, word: str) -> "list[Source]":
         """Return a source for each shard of the word that can be listed by itself; none where there are no shards."""
@@ -238,10 +249,15 @@ def read_all(
 ) -> tuple[Split, Skipped]:
     """Return all images of a source, of all its splits, labelled by a task's class names; and what was left out.
 
+    Args:
+        depth: Of class folders; other sources have none.
+
     Raises:
         DataError: It has classes the task does not know.
     """
-    return find_source(source, depth, task).read_all(source, classes)
+    found = find_source(source, None, task)
+    found.depth = depth if found.by_folders else None
+    return found.read_all(source, classes)
 
 
 def open_unlabeled(source: str) -> tuple[Split, Skipped]:
@@ -317,10 +333,18 @@ def unknown_classes(names: Iterable[str], classes: Sequence[str]) -> DataError:
 
 def _require_apart(data: ImageData, labeled: str, unlabeled: str) -> None:
     """Refuse to learn from images to evaluate on, also without their labels; these come from ``labeled``."""
+    splits = [split for split in (data.val, data.test) if split is not None]
+    known, others = find_source(labeled), find_source(of_images(unlabeled))
+    both = {absolute(shard.path) for shard in others.shards(unlabeled)}
+    of_both = tuple(plain(f"{shard.name}/") for shard in known.shards(labeled) if absolute(shard.path) in both)
+    if of_both and any(name.startswith(of_both) for split in splits for name in split.names):
+        raise _not_apart(labeled, unlabeled)
     (outer, _), (inner, listed) = _root_of(labeled), _root_of(of_images(unlabeled))
+    if listed or inner.is_relative_to(outer):
+        outer = outer / known.around(labeled)
     if listed:  # a table or an option names single files below a folder
         there = {inner / plain(name) for name, _ in find_source(of_images(unlabeled)).images(of_images(unlabeled))[0]}
-        if any(outer / name in there for split in (data.val, data.test) if split is not None for name in split.names):
+        if any(outer / name in there for split in splits for name in split.names):
             raise _not_apart(labeled, unlabeled)
         return
     # One split of a source may be apart from its others.
@@ -332,7 +356,6 @@ def _require_apart(data: ImageData, labeled: str, unlabeled: str) -> None:
         )
     if not inner.is_relative_to(outer):
         return
-    splits = [split for split in (data.val, data.test) if split is not None]
     prefix = "" if inner == outer else plain(f"{inner.relative_to(outer).as_posix()}/")
     names = {name for name, _ in find_source(unlabeled).images(unlabeled)[0]} if not prefix else set()
     if any(name in names if not prefix else name.startswith(prefix) for split in splits for name in split.names):

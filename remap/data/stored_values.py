@@ -54,6 +54,11 @@ class StoredValues:
     inverted: bool = False
     alpha: Image.Image | None = None
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether the values are scaled to 8 bits: those of unsigned bytes are such already."""
+        return self.values_HWC.dtype.itemsize > 1 or self.values_HWC.dtype.kind == "i"
+
     def to_8_bits(self, value_range: tuple[float, float] | None) -> NDArray[np.uint8]:
         """Return the range scaled to 0..255, as (H, W, C); values outside of it are clipped.
 
@@ -65,7 +70,7 @@ class StoredValues:
             ValueError: A value is not finite.
         """
         values = self.values_HWC
-        if values.dtype.itemsize > 1:
+        if self.is_wide:
             low, high = value_range or _range_of_type(values)
             values, wide = np.empty(values.shape, np.uint8), values
             rows = max(1, _AT_ONCE // max(1, wide[0].size))

@@ -16,6 +16,8 @@ def stratified(labels: NDArray[Any], first: int) -> tuple[NDArray[np.int64], NDA
     """
     if labels.ndim == 2:
         return _iterative(labels, first)
+    if not len(labels):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
     counts = np.bincount(labels)
     exact = counts * (first / len(labels))
     low = np.minimum(counts, 1)
@@ -103,6 +105,8 @@ def few_of_each(labels: NDArray[Any], count: int, draw: int) -> NDArray[np.int64
     images, networks would learn that every image has one.
     """
     order = _drawn(len(labels), draw)
+    if not len(labels):
+        return order
     if labels.ndim == 1:
         return np.sort(np.concatenate([order[labels[order] == label][:count] for label in np.unique(labels)]))
     groups_NG, chosen = np.column_stack([labels, ~labels.any(axis=1)]), []

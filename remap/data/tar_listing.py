@@ -201,7 +201,9 @@ def _kind(member: tarfile.TarInfo) -> str:
 def _held(path: Path, stream: _Bounded, files: Members, also: tuple[str, ...], so_far: Held) -> dict[str, bytes]:
     """Return the content of a compressed archive's images; other members are not read."""
     images = {name: at for name, at in files.items() if why_not_read(name) is None or name.lower().endswith(also)}
-    total, before = sum(size for _, size in images.values()), so_far.bytes
+    # Hard links are several names of one span.
+    spans = sorted(set(images.values()))
+    total, before = sum(size for _, size in spans), so_far.bytes
     so_far.bytes += total
     if so_far.bytes > HELD_BYTES:
         more = f" beside {before / 2**30:.1f} GiB of the archives before it" if before else ""
@@ -212,4 +214,5 @@ def _held(path: Path, stream: _Bounded, files: Members, also: tuple[str, ...], s
             do="decompress the archive (gunzip, unxz, bunzip2), or unpack it and name the folder",
         )
     # In the order of their positions, since a compressed file can only be read forwards.
-    return {name: stream.content(*at) for name, at in sorted(images.items(), key=lambda image: image[1])}
+    content = {span: stream.content(*span) for span in spans}
+    return {name: content[span] for name, span in images.items()}

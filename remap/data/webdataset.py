@@ -44,6 +44,10 @@ class WebDataset(Rows):
         for shard in found:
             yield from _rows_of(shard, word, labeled, held, known.get(shard))
 
+    def shards(self, word: str) -> list[Shard]:
+        found = parsed(word)
+        return of_split(shards(found.rest, SUFFIXES), found.options.get("split"))
+
     def by_shard(self, word: str) -> list[Source]:
         found, sources = parsed(word), list[Source]()
         for shard in shards(found.rest, SUFFIXES):

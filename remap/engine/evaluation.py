@@ -53,10 +53,10 @@ class Evaluation:
         count = int(of_label_N.sum())
         return count, float((self.predictions_N[of_label_N] == label).mean()) if count else None
 
-    @property
-    def right_N(self) -> np.ndarray:
-        """Which images are answered right."""
-        return self.ranks_N == 0
+    def right_of(self, labels: np.ndarray) -> np.ndarray:
+        """Return which images are answered right, by their labels: (N,) bool, as ``correct`` counts them."""
+        # Not by rank: of equal logits two classes have rank 0, and one is the answer.
+        return self.predictions_N == labels
 
     @property
     def loss(self) -> float:

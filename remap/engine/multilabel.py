@@ -40,10 +40,9 @@ class SetEvaluation(Evaluation):
         known_C = [one for one in self.precision_C if one is not None]
         return float(np.mean(known_C)) if known_C else 0.0
 
-    @property
-    def right_N(self) -> np.ndarray:
-        """Of which images all classes are named, and no other."""
-        return (self.predictions_N >= 0) & (self.named_NC == (self.labels_NC == 1)).all(axis=1)
+    def right_of(self, labels: np.ndarray) -> np.ndarray:
+        """Return of which images all classes are named, and no other."""
+        return (self.predictions_N >= 0) & (self.named_NC == (labels == 1)).all(axis=1)
 
     def of_class(self, label: int, labels: np.ndarray) -> tuple[int, float | None]:
         return int((labels[self.predictions_N >= 0, label] == 1).sum()), self.precision_C[label]
@@ -142,9 +141,9 @@ class SetScoring(Scoring):
     def evaluation(self, answers: tuple[np.ndarray, ...], labels: np.ndarray) -> Evaluation:
         losses_N, scores_NC = answers[0][0], answers[0][1:].T
         seen_N = losses_N >= 0
-        # ``right_N`` counts what is right, and needs the object: so ``correct`` comes second.
+        # ``right_of`` tells what is right, and needs the object: so ``correct`` comes second.
         found = SetEvaluation(0, int(seen_N.sum()), np.where(seen_N, 0, -1), scores_NC=scores_NC, labels_NC=labels)
-        return replace(found, correct=int(found.right_N.sum()), losses_N=np.where(seen_N, losses_N, -1.0))
+        return replace(found, correct=int(found.right_of(labels).sum()), losses_N=np.where(seen_N, losses_N, -1.0))
 
 
 def average_precision(scores_N: np.ndarray, has_N: np.ndarray) -> float:

@@ -5,8 +5,6 @@ import io
 from html import escape
 from pathlib import Path
 
-from PIL import ImageOps
-
 from remap.data.images import BadImage
 from remap.data.splits import ImageData
 from remap.inspection.data_check import Range, Report, decoded, sample_indices
@@ -55,9 +53,12 @@ def _text(text: str) -> str:
 
 def _picture(data: ImageData, index: int, value_range: Range) -> str:
     try:
-        image = ImageOps.contain(decoded(data.train.read(index), value_range)[0], (SIDE, SIDE))
+        image = decoded(data.train.read(index), value_range)[0]
     except (BadImage, OSError):
         return ""
+    scale = SIDE / max(image.size)
+    width, height = (max(1, round(scale * length)) for length in image.size)  # ImageOps.contain makes slivers 0 high
+    image = image.resize((width, height))
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=80)
     name, content = _text(data.train.names[index]), base64.b64encode(encoded.getvalue()).decode()

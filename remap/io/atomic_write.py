@@ -46,6 +46,25 @@ def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
         raise
 
 
+def create_file(path: Path, data: bytes) -> None:
+    """Write ``path`` atomically, unless it is there already, as of another process.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.new.{os.getpid()}.tmp")
+    try:
+        replace_file(draft, data)
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links, or what ``replace_file`` raises again
+        replace_file(path, data)
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """``replace_file`` for what a user has to mend.
 

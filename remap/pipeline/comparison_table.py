@@ -165,7 +165,8 @@ def _answers(runs: Sequence[Path]) -> _Answered | _Ranked | None:
         return _ranked(found)
     predictions_SN = np.array([one.student.predictions for one in found], np.int64)
     confidences_SN = np.array([one.student.confidences for one in found], np.float64)
-    return predictions_SN, confidences_SN, np.array(found[0].labels, np.int64)
+    read_N = (predictions_SN >= 0).all(axis=0)  # -1 of an image that could not be read, as in the accuracies
+    return predictions_SN[:, read_N], confidences_SN[:, read_N], np.array(found[0].labels, np.int64)[read_N]
 
 
 def _ranked(found: Sequence[Evidence]) -> _Ranked | None:

@@ -35,7 +35,7 @@ def write_evidence(components: RunComponents, run: Path, found: Evaluation | Non
     source, evaluation = components.views.val, None
     if components.teachers:
         evaluation = components.teachers[0].evaluation
-    right = np.flatnonzero(found.right_N)
+    right = np.flatnonzero(found.right_of(source.split.labels))
     # -1 is no answer: the image could not be read.
     wrong = np.setdiff1d(np.flatnonzero(found.predictions_N >= 0), right)
     # stable: of equal losses the first images, so that a repeat shows the same ones.

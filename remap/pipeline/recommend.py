@@ -145,7 +145,9 @@ def _try(
     if evidence is None:
         raise RunError(f"{path} has no answers.json", do="remove that folder: the trial is run again")
     candidate.accuracies.append(summary["student"]["accuracy"])
-    candidate.right.append(np.array(evidence.student.predictions) == np.array(evidence.labels))
+    answers_N = np.array(evidence.student.predictions)
+    # -1 of an image that could not be read, as in the accuracy
+    candidate.right.append((answers_N == np.array(evidence.labels))[answers_N >= 0])
     candidate.seconds += summary["seconds"]
 
 

@@ -169,7 +169,8 @@ def _csv(found: dict[str, Any]) -> str:
 
 def markdown(found: dict[str, Any]) -> str:
     """Return the content of suite.md: each method with and without the teacher on every set, and the means."""
-    names, groups = list(found["sets"]), list(found["rows"][0]["teacher"]["groups"])
+    names = list(found["sets"])
+    groups = list(dict.fromkeys(one["group"] for one in found["sets"].values() if one["group"] is not None))
     columns = ["method", *names, *groups, *(["mean of groups"] if groups else []), "mean", "to full tuning", "sets"]
     lines = [f"| {' | '.join(map(plain, columns))} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     for row in found["rows"]:
@@ -186,4 +187,6 @@ def markdown(found: dict[str, Any]) -> str:
         f" on labels alone is the mean over {number_of(len(names), 'set')}, in points, with a 95% interval over sets;"
         " the last column says on how many of them the paired interval leaves 0 out."
     )
+    if not found["rows"]:
+        note = "No method is on every set, so there is none to take a mean of; each set has its own table."
     return f"{note}\n\n" + "\n".join(lines) + "\n"

@@ -62,7 +62,8 @@ class PredictionFile:
             with naming(path, self.folder):
                 atomic_write.make_folder(self.folder)
             with _writing(path):
-                atomic_write.replace_file(noted, atomic_write.json_text(self.settings).encode())
+                # Of two commands that start at once one writes it, and both lock that same file.
+                atomic_write.create_file(noted, atomic_write.json_text(self.settings).encode())
         if process == 0 and read_run_json(noted) != self.settings:
             raise RunError(
                 f"{self.folder} holds rows of another command",

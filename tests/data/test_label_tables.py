@@ -78,6 +78,28 @@ def test_a_file_that_a_table_repeats_counts_once(tree: Tree, task: str) -> None:
     assert counted(data.skipped) == "3 (in a row above already)"
 
 
+def test_a_tsv_has_tabs_and_labels_may_hold_commas(tree: Tree) -> None:
+    text = "".join(f"images/{i}.png\t{'bee, small' if i % 2 else 'ant, red'}\n" for i in range(8))
+    data = open_data(table(tree(IMAGES), text, "labels.tsv"), None, 0.25)
+    assert data.classes == ("ant, red", "bee, small") and (len(data.train), len(data.val)) == (6, 2)
+
+
+def test_spaces_around_a_split_do_not_count(tree: Tree) -> None:
+    lines = [f"{path}, {label}, {'val' if i > 5 else 'train'}" for i, (path, label) in enumerate(LABELS)]
+    word = table(tree(IMAGES), "\n".join(["file,label,split", *lines]))
+    assert len(open_data(f"csv:{word},split=train", None, 0.5).everything) == 6
+
+
+def test_class_folders_of_a_level_are_evaluated_on_a_table(tree: Tree) -> None:
+    """The level is that of the folders; a table has none."""
+    root = tree({f"deep/{name}/{i}.png": i for name in ("x/ant", "y/bee") for i in range(4)} | IMAGES)
+    text = "".join(f"{path},{'y/bee' if label == 'bee' else 'x/ant'}\n" for path, label in LABELS)
+    word = table(root, f"file,label\n{text}")
+    data = open_data(str(root / "deep"), word, 0.5, depth=2)
+    assert data.classes == ("x/ant", "y/bee") and (len(data.train), len(data.val)) == (8, 8)
+    assert len(read_all(word, data.classes, 2)[0]) == 8
+
+
 def test_a_column_of_splits_and_a_second_table(tree: Tree) -> None:
     root = tree(IMAGES)
     lines = [

@@ -164,6 +164,17 @@ def test_a_hot_pixel_does_not_decide_the_range() -> None:
     assert find_value_range(folder(values), Pixels()) == (600, 1000)
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.int16])
+def test_signed_arrays_are_scaled_by_the_range(kind: type) -> None:
+    """By hand: -32 to 31 on 0 to 255, one step is 255 / 63; int8 as int16."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([[-32, -1, 0, 31]], kind))
+    found = np.asarray(decode(buffer.getvalue(), Pixels(value_range=(-32, 31))))[0, :, 0]
+    assert found.tolist() == [0, 125, 130, 255]
+    split = Split(("a.npy",), np.zeros(1, np.int64), lambda _: buffer.getvalue())
+    assert find_value_range(split, Pixels()) == (-32, 31)
+
+
 @pytest.mark.parametrize("shape", [(5, 7, 3), (5, 7, 4)])
 def test_colours_of_16_bits_keep_their_lower_bits(shape: tuple[int, ...]) -> None:
     """Pillow alone gives the upper 8 of them: 0 to 15 of 12-bit values."""

@@ -78,6 +78,21 @@ def test_a_folder_that_holds_the_labelled_images_is_refused(tree: Tree) -> None:
     assert len(open_data(str(train), str(val), 0.2, str(train)).unlabeled) == 8, "they have a folder of their own"
 
 
+def test_a_folder_around_the_labelled_images_hides_none(tree: Tree, tmp_path: Path) -> None:
+    """Names of labelled images begin inside of it."""
+    root = tree({f"photos/{name}": content for name, content in LABELED.items()}, "one")
+    inside, other = root / "photos", str(tree(LOOSE, "two"))
+    with pytest.raises(DataError, match="holds the labelled ones"):
+        open_data(str(root), None, 0.2, str(inside))
+    table = tmp_path / "list.csv"
+    table.write_text("".join(f"{path.relative_to(tmp_path)},a\n" for path in sorted((inside / "val").rglob("*.png"))))
+    for unlabeled in (str(inside / "val"), f"csv:{table}"):
+        with pytest.raises(DataError, match="holds images to evaluate on"):
+            open_data(str(root), None, 0.2, unlabeled)
+    assert len(open_data(str(root), None, 0.2, str(inside / "train")).unlabeled) == 8
+    assert len(open_data(str(root), None, 0.2, other).unlabeled) == 4
+
+
 @pytest.mark.parametrize(
     ("counts", "kept", "expected"),
     [

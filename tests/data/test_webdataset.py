@@ -45,6 +45,17 @@ def test_images_and_labels_are_those_that_webdataset_reads(shards: Path, seen: C
     )
 
 
+@pytest.mark.parametrize("labeled", ["", "/*.tar"])
+def test_shards_to_evaluate_on_are_not_learned_from(shards: Path, labeled: str) -> None:
+    """However both are named: a folder, a pattern or one shard."""
+    source = f"webdataset:{shards}{labeled}"
+    for name in ("val-000.tar", "val-*.tar", "*.tar"):
+        with pytest.raises(DataError, match="holds images to evaluate on"):
+            open_data(source, None, 0.2, f"webdataset:{shards}/{name}")
+    for name in ("train-*.tar", "train-000.tar", "{train-000,train-001}.tar"):
+        assert len(open_data(source, None, 0.2, f"webdataset:{shards}/{name}").unlabeled) in (4, 8, 12)
+
+
 def pack(path: Path, files: Mapping[str, bytes], mode: str = "w") -> str:
     with tarfile.open(path, mode) as archive:
         for name, content in files.items():

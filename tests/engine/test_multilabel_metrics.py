@@ -88,7 +88,7 @@ def test_an_answer_that_is_not_finite_is_as_wrong_as_can_be() -> None:
     logits = LOGITS.copy()
     logits[0] = float("nan")
     found = evaluated(logits)
-    assert np.isfinite(found.merit) and not found.right_N[0] and found.losses_N[0] == 1e4
+    assert np.isfinite(found.merit) and not found.right_of(found.labels_NC)[0] and found.losses_N[0] == 1e4
 
 
 def test_chance_is_the_mean_share_of_the_classes_that_there_are() -> None:

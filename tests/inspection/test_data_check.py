@@ -103,6 +103,16 @@ def _arrays(root: Path, suffix: str, channels: int) -> Path:
     return root
 
 
+def test_a_sliver_is_on_the_contact_sheet(tmp_path: Path) -> None:
+    """Scaled to the sheet it would be a third of a pixel high."""
+    sizes = {"train/a/1.png": (900, 2), "train/b/1.png": (2, 900), "val/a/1.png": (40, 40), "val/b/1.png": (40, 40)}
+    for name, size in sizes.items():
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size).save(tmp_path / "x" / name)
+    write_contact_sheet(tmp_path / "page.html", *check_data(str(tmp_path / "x")))
+    assert (tmp_path / "page.html").read_text().count("data:image/jpeg") == 2
+
+
 @pytest.mark.parametrize(("suffix", "channels", "kinds"), [(".png", 1, []), (".npy", 5, ["channels"])])
 def test_pictures_are_looked_at_as_a_run_sees_them(
     suffix: str, channels: int, kinds: list[str], tmp_path: Path

@@ -14,6 +14,15 @@ from remap.errors import DiskFull, RunError
 from remap.io import atomic_write
 
 
+def test_a_file_that_is_there_is_not_made_again(tmp_path: Path) -> None:
+    """The same file, so that a lock on it is a lock on what others open."""
+    path = tmp_path / "settings.json"
+    atomic_write.create_file(path, b"one")
+    number = path.stat().st_ino
+    atomic_write.create_file(path, b"two")
+    assert (path.read_bytes(), path.stat().st_ino, os.listdir(tmp_path)) == (b"one", number, ["settings.json"])
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
 def test_a_failing_write_leaves_the_earlier_file_and_nothing_else(

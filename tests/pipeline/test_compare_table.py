@@ -18,13 +18,13 @@ from remap.errors import DataError, RecipeError, RemapError, RunError
 from remap.pipeline.compare import Plan, compare
 from remap.pipeline.comparison_files import epochs_in_words
 from remap.pipeline.comparison_folder import SEARCH, shared_teacher
-from remap.pipeline.comparison_table import _dominates, ppt
-from remap.pipeline.suite import run_suite, summarize_suite
+from remap.pipeline.comparison_table import _answers, _difference, _dominates, _pairs, ppt
+from remap.pipeline.suite import markdown, run_suite, summarize_suite
 from remap.progress import Silent
 from remap.recipe import Recipe
 from remap.recipe.suite import Suite, load_suite
 from remap.report.compare_report import report_comparison
-from remap.runs.answers import read_evidence
+from remap.runs.answers import Answers, Evidence, read_evidence
 from remap.runs.interval import paired
 from remap.runs.run_dir import RunDir
 
@@ -267,6 +267,29 @@ def test_both_averages_of_a_suite() -> None:
     half = 4.30265 * 0.1 * 7**0.5 / 3**0.5
     assert (row["to_full"]["low"], row["to_full"]["high"]) == pytest.approx((0.3 - half, 0.3 + half), abs=1e-5)
     assert row["to_full"]["better"] == 3 and not row["to_full"]["distinguishable"]
+
+
+def test_a_suite_without_a_method_on_every_set_says_so() -> None:
+    sides = {side: {"mean": 0.5} for side in ("alone", "teacher")}
+    tables = {
+        name: {"images": 9, "seeds": [0], "rows": [{"name": method, "category": "c", **sides, "difference": {}}]}
+        for name, method in (("x", "lora"), ("y", "ssf"))
+    }
+    found = summarize_suite(tables, {"x": "g", "y": "h"})
+    assert not found["rows"] and "No method is on every set" in markdown(found)
+
+
+def test_images_that_could_not_be_read_are_no_answers(tmp_path: Path) -> None:
+    """Of four images two were read, which one method answers right and the other wrong: a difference of 1."""
+    for name, said, sure in (("a", [0, 1, -1, -1], 0.9), ("b", [1, 0, -1, -1], 0.6)):
+        answers = Answers(predictions=said, confidences=[sure, sure, -1, -1], losses=[1, 1, -1, -1])
+        (tmp_path / name).mkdir()
+        Evidence(classes=["x", "y"], names=list("1234"), labels=[0, 1, 0, 1], student=answers).write(tmp_path / name)
+    one, two = (_answers([tmp_path / name]) for name in "ab")
+    difference = _difference(one, two)
+    assert difference is not None and difference["mean"] == 1.0
+    (pair,) = _pairs([("a", one), ("b", two)])
+    assert (pair["agreement"], pair["ensemble"]) == (0.0, 1.0)
 
 
 def test_a_set_of_a_suite_has_sections_of_its_own() -> None:
