@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from remap.errors import Interrupted, RemapWarning
 from remap.io.human_size import duration as duration
@@ -77,20 +78,23 @@ def table(
             line("\n".join(f"{name}: {cell}".removeprefix(": ") for name, cell in pairs).replace(HELD, " ") + "\n")
         return
     # Not rich's table, which takes as long for a hundred rows as Python takes to start.
-    rule = " " + rule_of(sum(widths) + 2 * len(widths) - 2)
-    printed = ["", *_cells(list(map(_plain, columns)), widths, right, "bold"), rule]
+    printed = [*_cells(list(map(_plain, columns)), widths, right, "bold")]
+    printed.append((rule_of(sum(widths) + 2 * len(widths) - 2), ""))
     for row, cells in zip(rows, lines, strict=True):
         printed += _cells(cells, widths, right, "bold cyan" if isinstance(row, str) else "")
-    out.print("\n".join(printed).replace(HELD, " ") + "\n", soft_wrap=True)
+    # Not markup: "[fc1," at the end of a line and "fc2]" on the next one would be read as a tag, and vanish.
+    text = Text()
+    for one, style in printed:
+        text.append("\n ").append(one.replace(HELD, " "), style)
+    out.print(text.append("\n"), soft_wrap=True)
 
 
-def _cells(cells: list[str], widths: list[int], right: tuple[int, ...], style: str) -> Iterator[str]:
-    """Yield the lines of a row, as markup: cells side by side, broken between words."""
+def _cells(cells: list[str], widths: list[int], right: tuple[int, ...], style: str) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a row with their style: cells side by side, broken between words."""
     for parts in itertools.zip_longest(*map(_broken, cells, widths), fillvalue=""):
         blanks = [" " * (width - cell_len(part)) for part, width in zip(parts, widths, strict=False)]
         padded = [b + part if n in right else part + b for n, (part, b) in enumerate(zip(parts, blanks, strict=True))]
-        text = escape("  ".join(padded).rstrip())
-        yield f" [{style}]{text}[/]" if style else f" {text}"
+        yield "  ".join(padded).rstrip(), style
 
 
 def _broken(cell: str, width: int) -> list[str]:

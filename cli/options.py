@@ -91,10 +91,12 @@ DISTILL, TUNE, BUILD, COMPARE, LR = "distill", "tune", "cache build", "compare",
 RECOMMEND = "recommend"
 _LONG, _RUNS = (DISTILL, TUNE, BUILD, COMPARE, RECOMMEND), (DISTILL, TUNE)
 _ALL, _TEACH = (*_LONG, LR), (DISTILL, BUILD, COMPARE, RECOMMEND)
-_TEACHER = (
-    "Short name, timm name, local-dir:FOLDER, file, clip:NAME or run directory; self or ema, made of the student; or"
-    " several with"
-)
+# Those that do not begin with the embedded recipe.
+_ALONE = (TUNE, LR)
+_MODEL = "Short name, timm name, local-dir:FOLDER, file, clip:NAME or run directory"
+_TEACHER = f"{_MODEL}; self or ema, made of the student; or several with"
+_METHOD = "Tuning method of the student; see `remap methods`."
+_EPOCHS, _BATCH = "Passes over the training images.", "Images per update, over all processes."
 _LOSSES = (
     "ce,kd,attention, of these what the method can follow, with few labels ce:0.1 and kd at a temperature of 2; without"
     " a teacher ce"
@@ -110,16 +112,12 @@ _TRACKERS = "Experiment tracker: tensorboard, wandb, mlflow or trackio"
 RECIPE_OPTIONS = (
     _models("teacher", str, (LR,), "none, labels only", f"{_TEACHER} weights: vit_large,dinov2_base:0.5."),
     _models("teacher", str, _TEACH, "mini_teacher", f"{_TEACHER} weights: vit_large,dinov2_base:0.5."),
-    _models("student", str, _ALL, "mini_student", 'As for the teacher; or "shrink(teacher, depth=6, width=384)".'),
+    _models("student", str, _TEACH, "mini_student", f'{_MODEL}; or "shrink(teacher, depth=6, width=384)".'),
+    _models("student", str, _ALONE, "mini_student", f"{_MODEL}."),
     _models("init", str, (DISTILL,), "the student's own", "Initialise from the teacher; see `remap remappings`."),
     _models("force_init", bool, (DISTILL,), None, "Let --init overwrite weights that are not random."),
-    _models(
-        "method",
-        str,
-        (*_RUNS, BUILD, LR),
-        "lora; digits hira",
-        "Tuning method of the student; see `remap methods`.",
-    ),
+    _models("method", str, (DISTILL, BUILD), "lora; digits hira", _METHOD),
+    _models("method", str, _ALONE, "lora", _METHOD),
     _models(
         "losses", str, _ALL, _LOSSES, "Comma-separated, with weights after a colon: ce,kd:0.5. See `remap losses`."
     ),
@@ -144,8 +142,11 @@ RECIPE_OPTIONS = (
         "templates", str, _ALL, "one", "Sentences around the words: one, clip (its 80), or a file of lines with {}."
     ),
     _models("weights", str, _ALL, "pretrained", "For teacher and student: pretrained or none."),
-    _training("epochs", int, _LONG, "30; digits 10", "Passes over the training images."),
-    _training("batch_size", int, _ALL, "64; digits 32", "Images per update, over all processes."),
+    _training("epochs", int, (DISTILL, BUILD, RECOMMEND), "30; digits 10", _EPOCHS),
+    _training("epochs", int, (COMPARE,), "30; digits 10, and 6 where nothing is chosen", _EPOCHS),
+    _training("epochs", int, (TUNE,), "30", _EPOCHS),
+    _training("batch_size", int, _TEACH, "64; digits 32", _BATCH),
+    _training("batch_size", int, _ALONE, "64", _BATCH),
     _training("lr", float, _RUNS, "the method's own, by the student's width", "Peak learning rate."),
     _training("seed", int, _ALL, "0", "Decides every random choice."),
     _training("track", str, (DISTILL, TUNE, COMPARE), None, f"{_TRACKERS}; several with commas."),

@@ -41,6 +41,15 @@ def require_known(word: str, name: str) -> None:
             )
         return
     if not timm.is_model(name):
+        if os.path.lexists(expanded(word)):
+            raise UnknownName(
+                f"unknown model '{word}'",
+                given="a folder without recipe.yaml" if os.path.isdir(expanded(word)) else "a file",
+                do="name a folder of timm, transformers or open_clip as local-dir:FOLDER, a file of weights"
+                " (docs/weights.md), or a run directory",
+            )
+        if word in ("self", "ema"):
+            raise UnknownName(f"'{word}' is made of the student, and can only be its teacher", do="name a student")
         known = [*SHORT_NAMES, *timm.list_models()]
         raise UnknownName(
             f"unknown model '{word}'{did_you_mean(word.partition('.')[0], known)}",

@@ -94,8 +94,8 @@ def _deeper(word: str, layout: Layout, splits: BySplit, level: int) -> DataError
     names = sorted(inner)
     deeper = [f"{name}/{below}" for name in names for below in sorted(inner[name])]
     do = (
-        f"for {', '.join(deeper[:3])} as classes add --set data.depth={level};"
-        f" for {', '.join(names[:3])} as classes add --set data.depth=1 (remap data check and init: --depth)"
+        f"for {_some(deeper)} as classes add --set data.depth={level};"
+        f" for {_some(names)} as classes add --set data.depth=1 (remap data check and init: --depth)"
     )
     if len(names) > 1 and set.intersection(*inner.values()):
         do += f"; if these are splits, name them: --data {word}/{names[0]} --val-data {word}/{names[-1]}"
@@ -104,3 +104,7 @@ def _deeper(word: str, layout: Layout, splits: BySplit, level: int) -> DataError
         given=f"{word} holds {', '.join(deeper[:5])}" + (" ..." if len(deeper) > 5 else ""),
         do=do,
     )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")

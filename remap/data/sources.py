@@ -305,6 +305,9 @@ def _list_file(path: Path) -> Listing:
         start = b""  # which ``list_tar`` explains
     if start.startswith((b"PK\3\4", b"PK\5\6")):
         return list_zip(path)
+    if path.suffix.lower() == ".zip":
+        do = "download or copy it again; if it is another kind of file, name the folder of the images"
+        raise DataError("this is not a zip archive, or an incomplete one", given=path, do=do)
     if path.suffix.lower() in SUFFIXES:
         do = "name the folder whose sub-folders are the classes, or a table that lists images with their labels"
         raise DataError("this is an image, and not a set of images", given=path, allowed=PATHS, do=do)

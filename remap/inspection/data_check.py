@@ -164,7 +164,8 @@ def _findings(
 ) -> Iterator[Finding]:
     good = [one for one in seen if not one.reason]
     broken = [f"{one.name} ({one.reason})" for one in seen if one.reason]
-    yield from _some("broken", "bad", "cannot be read", "repair or remove them, or train with --skip-bad", broken)
+    do = "repair or remove them; training leaves out up to data.max_bad of them, evaluation with --skip-bad"
+    yield from _some("broken", "bad", "cannot be read", do, broken)
     if data.skipped:
         names = [f"{name} ({reason})" for name, reason in data.skipped]
         do = "convert what is meant to be an image; remove the rest"

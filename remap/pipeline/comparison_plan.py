@@ -83,7 +83,8 @@ def require_rankable(recipe: Recipe, methods: Sequence[str], output: Path, budge
     require_searchable(recipe, "remap recommend")
     kind, value = read_budget(budget) or ("", 0.0)
     if kind == "minutes":
-        raise RecipeError([f"--budget {budget}: not a budget of this command"], "command line", do="epochs=N")
+        line = f"--budget {budget}: not a budget of this command (write epochs=N or parameters=N)"
+        raise RecipeError([line], "command line")
     comparison_cells(with_epochs(recipe, int(value)) if kind == "epochs" else recipe, methods, 1)
 
 

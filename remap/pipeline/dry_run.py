@@ -22,6 +22,7 @@ from remap.pipeline.trackers import require_installed
 from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import Recipe
+from remap.recipe.teacher_checks import idle_options
 from remap.recipe.train_checks import require_rate
 from remap.remapping.objective import LossTerm
 
@@ -40,7 +41,10 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     require_installed(recipe)
     if recipe.data.decode == "fast":
         require_decoder()
-    recipe = _at_hand(without_idle_losses(recipe, progress).written_out(), progress)
+    recipe = without_idle_losses(recipe, progress)
+    for line in idle_options(recipe, accelerator().num_processes):
+        progress.say(f"note: {line}")
+    recipe = _at_hand(recipe.written_out(), progress)
     shared = SharedResources(read_ahead=False)
     started = time.perf_counter()
     components = build_components(recipe, None, progress, shared)

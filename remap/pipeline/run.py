@@ -39,6 +39,7 @@ from remap.pipeline.run_status import track_status
 from remap.pipeline.samples import method_sample
 from remap.pipeline.sessions import measure_sessions
 from remap.pipeline.shared import SharedResources
+from remap.pipeline.shrink_student import require_shape
 from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
 from remap.pipeline.teacher_tuning import OfTeacher, lend_teachers, require_folds, require_unjudged, teachers_to_tune
@@ -279,7 +280,9 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
         raise RecipeError([what], recipe.name)
     if recipe.student.extends is not None:
         require_tuned(recipe.student.extends)
-    students = () if recipe.student.shrink is not None else (recipe.student,)  # else it comes from the teacher
+    if (shape := recipe.student.shrink) is not None and recipe.teacher is not None:
+        require_shape(recipe.teacher, shape)
+    students = () if shape is not None else (recipe.student,)  # else it comes from the teacher
     for spec in (*(teacher for teacher in recipe.teachers if not teacher.is_student), *students):
         require_tuned(spec.model)
         if is_run(spec.model) or is_run(spec.weights):

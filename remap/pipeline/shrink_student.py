@@ -78,6 +78,16 @@ def _derive(recipe: Recipe, folder: Path, progress: Progress, shared: SharedReso
     progress.say(f"the student is cut from {teacher.model}: {shrunk_text(shrunk)}")
 
 
+def require_shape(teacher: ModelSpec, spec: ShrinkSpec) -> None:
+    """Refuse a shape that cannot be cut from a teacher, in seconds, before it is prepared.
+
+    Raises:
+        BackboneError: timm could not build it, or it is not a part of this teacher.
+    """
+    known = is_run(teacher.model) or teacher.weights != "pretrained"
+    target_shape(open_backbone(teacher if known else teacher.model_copy(update={"weights": "none"}), 1), spec)
+
+
 def cut(
     teacher: ModelSpec, spec: ShrinkSpec, data: DataSpec, folder: Path, seed: int = 0, progress: Progress = Silent()
 ) -> Shrunk:

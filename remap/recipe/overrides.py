@@ -11,6 +11,7 @@ from remap.errors import RecipeError
 from remap.recipe import strict_yaml
 from remap.recipe.schema import EMA, OF_OTHERS, SELF, Recipe, as_list, default_losses, loss_words
 from remap.registry import did_you_mean
+from remap.remapping import LOSSES
 
 # Options of the command line and the key each one sets; "weights" sets those of both models.
 WORDS = {
@@ -183,8 +184,16 @@ def _hint(parents: list[str], values: Mapping[str, Any]) -> str:
     losses = values.get("losses")
     if parents[0] != "losses" or len(parents) != 2 or not isinstance(losses, list):
         return ""
-    names = ",".join(str(loss.get("name")) for loss in losses if isinstance(loss, dict))
-    return f" (the losses are {names}; name them all: --losses {names},{parents[1]})" if names else ""
+    own = [loss for loss in losses if isinstance(loss, dict) and isinstance(loss.get("name"), str)]
+    names, given = ",".join(loss["name"] for loss in own), ",".join(map(_with_weight, own))
+    return f" (the losses are {names}; name them all: --losses {given},{parents[1]})" if names else ""
+
+
+def _with_weight(loss: Mapping[str, Any]) -> str:
+    """Return the word of a loss, with the weight that it would not have by its name alone: "ce:0.1"."""
+    name, weight = loss["name"], loss.get("weight")
+    usual = LOSSES.row(name).weight if name in LOSSES else 1.0
+    return name if weight in (None, usual) or not isinstance(weight, int | float) else f"{name}:{weight:g}"
 
 
 def method_of(values: Mapping[str, Any]) -> str:

@@ -13,7 +13,18 @@ from remap.registry import did_you_mean, nearest
 
 # Where pydantic speaks of Python classes, a recipe has plainer things.
 _SHAPES = {"model_type": "a mapping of keys", "dict_type": "a mapping of keys", "tuple_type": "a list"}
-
+# Sections that a name alone may stand for.
+_NAMED = ("MethodSpec", "LossSpec", "InitSpec", "ModelSpec", "TeacherSpec")
+# And where it speaks of types, plain words: what was given follows anyway.
+_WORDS = {
+    ", unable to parse string as an integer": "",
+    ", unable to parse string as a number": "",
+    ", got a number with a fractional part": "",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "a text",
+}
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -86,10 +97,15 @@ def _line(group: list[Any], schema: type[BaseModel], key: str, also: list[str]) 
 
 def _message(finding: Any) -> str:
     kind = finding["type"]
-    message = f"should be {_SHAPES[kind]}" if kind in _SHAPES else finding["msg"].removeprefix("Value error, ")
+    named = finding.get("ctx", {}).get("class_name") in _NAMED
+    shape = "a name, or a mapping of keys" if named else _SHAPES.get(kind)
+    message = f"should be {shape}" if shape is not None else finding["msg"].removeprefix("Value error, ")
     if not message[:2].isupper():  # a name such as ATLoss stays as it is
         message = message[0].lower() + message[1:]
-    return message.replace("input should be", "should be")
+    message = message.replace("input should be", "should be")
+    for theirs, ours in _WORDS.items():
+        message = message.replace(theirs, ours)
+    return message
 
 
 def _shown(given: Any) -> str:
@@ -118,7 +134,7 @@ def _fields_at(schema: type[BaseModel], path: list[Any]) -> Iterable[str]:
             if inner is None:
                 return ()
             schema = inner
-    return schema.model_fields
+    return getattr(schema, "WRITTEN", schema.model_fields)
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -70,6 +70,11 @@ class Recipe(Section):
     Of several teachers, every loss is the mean by their weights. They are written ``teacher: {...}`` for one and
     ``teacher: [...]`` for several; ``more_teachers`` in older files are those after the first.
     """
+
+    # What messages list as allowed: the keys that recipes are written with.
+    WRITTEN: ClassVar[tuple[str, ...]] = (
+        *("name", "seed", "task", "data", "teacher", "teachers", "student", "method", "losses", "train", "baseline"),
+    )
 
     name: str = Field(default="digits", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the run.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of all random numbers.")

@@ -34,7 +34,7 @@ def _fade_problems(key: str, spec: TeacherSpec, recipe: Recipe) -> Iterator[str]
     if spec.overtaken == "keep":
         return
     if spec.is_student or spec.joint:
-        yield f"{key}: the teacher '{spec.model}' is made of the student or learns with it (leave out)"
+        yield f"{key}: the teacher '{spec.model}' is made of the student or learns with it (leave it out)"
     elif not any(loss.weight for loss in on_labels):
         yield f"{key}: without a loss on labels nothing would be left to learn (add ce, or leave it out)"
     elif not any(loss.reads_logits for loss in recipe.losses):

@@ -192,6 +192,16 @@ def test_tables_lose_no_word(width: int, terminal: Callable[[int], io.StringIO])
     assert ("method: vpt_shallow" in text.getvalue()) == (width == 60)
 
 
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_brackets_that_are_broken_over_lines_are_no_markup(width: int, terminal: Callable[[int], io.StringIO]) -> None:
+    text, cell = (
+        terminal(width),
+        "holiday [summer 2024 in a place with a very long name] photo.jpg of [fc1, fc2] or [q, v]",
+    )
+    console.table("1 image", ["image", "class"], [[cell, "ants 52.7%, bees 47.3%"]], wrap=(0, 1))
+    _require_fit(text.getvalue().splitlines(), width, f"{cell} ants 52.7%, bees 47.3%")
+
+
 def test_what_is_held_together_stays_on_one_line(terminal: Callable[[int], io.StringIO]) -> None:
     text = terminal(40)
     answer = ", ".join(f"{name}{console.HELD}12.3%" for name in ("tabby", "siamese", "sphynx"))

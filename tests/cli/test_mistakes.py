@@ -39,6 +39,12 @@ WORDS = [
     (["--method", "linear", "--losses", "ce,attention"], ["attention cannot teach linear"]),
     (["--set", "rank=4", "--method", "lora"], ["command line: 1 problem", "did you mean 'method.rank'"]),
     (["--method", "vpt_deep,lora"], ["command line: 1 problem", "did you mean 'vpt_deep+lora'"]),
+    (["--set", "foo=1"], ["foo: unknown key (allowed: name, seed, task, data, teacher, teachers,"]),
+    (["--set", "taks=multilabel"], ["did you mean 'task'?"]),
+    (["--set", "method=5"], ["method: should be a name, or a mapping of keys, got 5"]),
+    (["--set", "method.rank=abc"], ["method.rank: should be a whole number, got 'abc'"]),
+    (["--set", "losses.tokens.layers=uniform"], ["--losses ce:0.1,kd,attention,tokens"]),
+    (["--set", "train.lr=0.1", "--set", "train.base_lr=0.2"], ["train.base_lr: train.lr is the rate"]),
     (["--devices", "2"], ["asks for 2 processes and has 1", "torchrun"]),
 ]
 THINGS = [
@@ -48,6 +54,8 @@ THINGS = [
         ["vpt_deep does not fit other networks of timm", "take vpt_pad or vp"],
     ),
     (["--data", "absent"], ["no such data", "absent"]),
+    (["--student", "self"], ["'self' is made of the student, and can only be its teacher"]),
+    (["--student", "shrink(teacher, depth=99)"], ["depth", "99"]),
     (["--teacher", "no/such/run"], ["no such model or run directory"]),
 ]
 
@@ -70,7 +78,7 @@ _NOTHING = ": got nothing after '=' (to set no value, write"
     [
         (["--losses", "ce,,kd"], "losses: a name is missing, got 'ce,,kd'"),
         (["--losses", "ce,kd:x"], "losses: 'kd:x': the weight after the colon must be a number, got 'x'"),
-        (["--set", "train.epochs=null"], "train.epochs: should be a valid integer, got nothing"),
+        (["--set", "train.epochs=null"], "train.epochs: should be a whole number, got nothing"),
         (["--set", "train.epochs="], f"--set train.epochs={_NOTHING} train.epochs=null)"),
         (["--set", "data.labels= "], f"--set data.labels= {_NOTHING} data.labels=null)"),
     ],

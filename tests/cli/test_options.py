@@ -1,6 +1,7 @@
 """The table of training options: every row reaches the recipe, in the field that ``WORDS`` names."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from typer.testing import Result
 from remap.errors import RemapError
 from remap.pipeline import build_cache, compare, objective
 from remap.pipeline.session_protocol import DEFAULT_WAYS
-from remap.recipe import Recipe, resolve_distill
+from remap.recipe import Recipe, resolve, resolve_distill
 from remap.recipe.resolution import WORDS
 from remap_cli.options import BUILD, COMPARE, DISTILL, OPTIONS, RECIPE_OPTIONS, TUNE, OptionRow, recipe_words
 
@@ -31,8 +32,9 @@ class Seen(RemapError):
 
 
 @pytest.fixture
-def recipe_of(remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
+def recipe_of(remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Recipe]:
     """The recipe that a command makes of its options."""
+    (tmp_path / "other").mkdir()  # a path where nothing is would be refused
 
     def see(recipe: Recipe, *_: Any) -> None:
         raise Seen(recipe)
@@ -93,7 +95,7 @@ def test_a_flag_that_is_off_is_not_given() -> None:
 
 
 def test_the_help_shows_the_defaults_of_the_recipes() -> None:
-    shown = {row.name: row.shown for row in RECIPE_OPTIONS}
+    shown = {row.name: row.shown for row in RECIPE_OPTIONS if DISTILL in row.commands}
     recipe, digits = resolve_distill(None, {"data": "photos"}), resolve_distill(None)
     for one in (recipe, digits):
         assert (one.teacher.model, one.student.model) == (shown["teacher"], shown["student"])
@@ -104,6 +106,10 @@ def test_the_help_shows_the_defaults_of_the_recipes() -> None:
     assert shown["method"] == f"{recipe.method.name}; digits {digits.method.name}"
     for name in ("epochs", "batch_size"):
         assert shown[name] == f"{getattr(recipe.train, name)}; digits {getattr(digits.train, name)}"
+    alone = {row.name: row.shown for row in RECIPE_OPTIONS if TUNE in row.commands}
+    tuned = resolve(None, {})  # which does not begin with the recipe of the digits
+    found = (tuned.student.model, tuned.method.name, str(tuned.train.epochs), str(tuned.train.batch_size))
+    assert tuple(alone[name] for name in ("student", "method", "epochs", "batch_size")) == found
 
 
 def test_the_help_says_that_the_method_decides_about_the_default_losses() -> None:

@@ -58,7 +58,7 @@ PAYLOADS = {
     "latin-1": (b"name: \xe4", "is not UTF-8 text"),
     "utf-16": ("name: a".encode("utf-16"), "is not UTF-8 text"),
     "a list": ("- a", "should be a mapping of keys"),
-    "a path without end": (f"data: {{source: {'a/' * 2040}a}}\nseed: x", "seed: should be a valid integer"),
+    "a path without end": (f"data: {{source: {'a/' * 2040}a}}\nseed: x", "seed: should be a whole number"),
 }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ MISTAKES = [
     ({"student": "shrink(depth=2)", "teacher": "mini_teacher"}, "cannot be read"),
     ({"student": "shrink(teacher, depth=2", "teacher": "mini_teacher"}, "cannot be read"),
     ({"student": "shrink(teacher, depth=2, depth=3)", "teacher": "mini_teacher"}, "given twice"),
-    ({"student": "shrink(teacher, depth=__import__)", "teacher": "mini_teacher"}, "should be a valid integer"),
+    ({"student": "shrink(teacher, depth=__import__)", "teacher": "mini_teacher"}, "should be a whole number"),
     ({"student": "shrink(teacher, depth=0)", "teacher": "mini_teacher"}, "greater than or equal to 1"),
     ({"student": "shrink(teacher, depth=2, importance=size)", "teacher": "mini_teacher"}, "not one of taylor"),
     ({"student": "shrink(teacher, width=100, heads=3)", "teacher": "mini_teacher"}, "not a multiple of heads 3"),
