@@ -185,7 +185,11 @@ def _families(name: str, json: bool) -> None:
     rows = [{"name": row.name, "category": CATEGORIES[row.category], **support[row.name]} for row in chosen]
     columns: Columns = {"method": itemgetter("name")} | {family: _fits(family) for family in FAMILIES.names}
     if console.out.width < WIDE:
-        columns = {"method": itemgetter("name"), "fits": lambda row: ", ".join(filter(row.get, FAMILIES.names))}
+        words = "vision-language models (clip:NAME)"
+        columns = {
+            "method": itemgetter("name"),
+            "fits": lambda row: ", ".join(filter(row.get, FAMILIES.names)) or words,
+        }
     list_rows("Which method fits which family", rows, columns, wrap=("fits",))
     console.line("\n".join(f"{row.name:10}{row.summary}: {row.examples}" for row in FAMILIES))
     console.line("The conformance suite (tests/tuning) runs all that fit; any other pair is an error that names one.")

@@ -216,15 +216,11 @@ def _cannot_load(package: str, what: str, error: Exception) -> PluginError:
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """Return the candidate a reader most likely meant, or None."""
-    by_lower = {candidate.lower(): candidate for candidate in candidates}
-    word = word.lower()
-    matches = difflib.get_close_matches(word, by_lower, n=5, cutoff=0.55)
-
-    def nearness(match: str) -> tuple[float, bool]:
-        # Of equally near ones the one of the same letters: "lroa" is "lora", not "road".
-        return difflib.SequenceMatcher(None, match, word).ratio(), sorted(match) == sorted(word)
-
-    return by_lower[max(matches, key=nearness)] if matches else None
+    word, by_lower = word.lower(), {candidate.lower(): candidate for candidate in candidates}
+    near = difflib.get_close_matches(word, by_lower, n=5, cutoff=0.55)
+    # Of equally near ones the one of the same letters: "lroa" is "lora", not "road".
+    near.sort(key=lambda one: (-difflib.SequenceMatcher(None, one, word).ratio(), sorted(one) != sorted(word)))
+    return by_lower[near[0]] if near else None
 
 
 def unknown_names(table: Registry[Any], words: Iterable[str]) -> str:
@@ -245,12 +241,10 @@ def _unknown(table: Registry[Any], words: Iterable[str], candidates: Sequence[st
 
 def choices(word: str, candidates: Iterable[str], listing: str) -> str:
     """Return the name that was probably meant and the command that lists all, or where none is near all names."""
-    names = list(candidates)
-    meant = did_you_mean(word, names)
+    meant = did_you_mean(word, names := list(candidates))
     return f"{meant} (`remap {listing}` lists all)" if meant else f" (allowed: {', '.join(names)})"
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" or an empty string."""
-    match = nearest(word, candidates)
-    return f"; did you mean '{match}'?" if match else ""
+    return f"; did you mean '{match}'?" if (match := nearest(word, candidates)) else ""

@@ -174,9 +174,8 @@ def _findings(
     flat = [one.name for one in good if one.flat]
     yield from _some("flat", "note", "of one colour", "look whether they are placeholders; remove them", flat)
     small = [f"{one.name} ({one.size[0]} x {one.size[1]})" for one in good if min(one.size) < SMALL_SIDE]
-    what = f"with a side below {SMALL_SIDE} pixels"
     do = "look whether they are thumbnails; for data of such images take a small model (mini_student)"
-    yield from _some("small", "note", what, do, small)
+    yield from _some("small", "note", f"with a side below {SMALL_SIDE} pixels", do, small)
     long = [f"{one.name} ({one.size[0]} x {one.size[1]})" for one in good if max(one.size) > LONG_SHAPE * min(one.size)]
     do = "crop them: a run sees the square in the centre only"
     yield from _some("shape", "note", f"more than {LONG_SHAPE:g} times as long as wide", do, long)

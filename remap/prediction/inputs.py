@@ -24,6 +24,7 @@ from remap.io.paths import expanded
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 FILES_OF_IMAGES = (*TABLES, ".parquet")
 STDIN = "-"
+_NO_IMAGES = "name images, or folders, archives or lists of them"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,11 @@ class Inputs:
         if not all(self.words) or not (self.words or self.lists):  # an empty word would be the current folder
             raise DataError("no images are named", allowed="files, folders, archives, patterns, --list FILE, or -")
         if plain == self.words and not self.lists and not any(os.path.lexists(expanded(word)) for word in plain):
-            raise DataError("no such file or folder", given=", ".join(plain))
+            raise DataError(
+                "no such file or folder",
+                given=", ".join(plain),
+                do="check the path; relative paths start at the current folder",
+            )
 
     def __iter__(self) -> Iterator[Item]:
         return (item for _, item in self.share(0, 1))
@@ -85,7 +90,9 @@ class Inputs:
                 empty, units = empty and mine, units + 1
         if empty:
             given = ", ".join([*self.words, *map(str, self.lists)])
-            raise DataError("no images there", given=given + also_left_out(self._skipped), allowed=" ".join(SUFFIXES))
+            raise DataError(
+                "no images there", given=given + also_left_out(self._skipped), allowed=" ".join(SUFFIXES), do=_NO_IMAGES
+            )
 
     @property
     def left_out_text(self) -> str:

@@ -47,8 +47,7 @@ def report_run(run: RunDir, *, pngs: bool = True) -> Path:
             drawn.append(figures.confusion("confusion", evidence.classes, confusion_counts(evidence)))
         if bins_of(evidence.student, evidence.labels):
             drawn.append(figures.reliability("reliability", bins_of(evidence.student, evidence.labels)))
-    blocks = summary.get("blocks")
-    if blocks:
+    if blocks := summary.get("blocks"):
         drawn.append(figures.blocks("blocks", blocks["pairs"], blocks["student"], blocks["teacher"]))
     return write_page(
         run.path,

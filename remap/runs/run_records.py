@@ -1,5 +1,6 @@
 """What a run directory records: recipe, environment, status, metrics, summary. Imports no torch."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -159,11 +160,7 @@ class RunRecords:
         return found
 
     def set_status(self, status: str, message: str = "", seconds: float = 0.0) -> None:
-        """Write status.json.
-
-        Args:
-            seconds: Working time so far, of all parts of the run.
-        """
+        """Write status.json; ``seconds`` is the working time so far, of all parts of the run."""
         record = {"status": status, "message": message, "time": now(), "seconds": round(seconds, 2)}
         atomic_write.write_json(self.path / "status.json", record)
 
@@ -179,13 +176,12 @@ class RunRecords:
         """Return how a run ended that is not done, as in "it was stopped", and the first line of its message."""
         if not os.path.isfile(self.path / "status.json"):  # killed at once, or a recipe that `remap init` wrote
             return "has not begun", None
-        try:
+        recorded = dict[str, Any]()
+        with contextlib.suppress(RunError):  # a damaged record
             recorded = self._status()
-        except RunError:  # a damaged record
-            recorded = {}
         words = {"failed": "failed", "stopped": "was stopped"}
-        message = str(recorded.get("message", "")).partition("\n")[0]
-        return words.get(str(recorded.get("status")), "has not finished"), message or None
+        message = str(recorded.get("message", "")).partition("\n")[0] or None
+        return words.get(str(recorded.get("status")), "has not finished"), message
 
     def _status(self) -> dict[str, Any]:
         found = checked_json.read_run_json(self.path / "status.json")
