@@ -175,7 +175,7 @@ class Bench:
             if words["teacher"]["model"] == BY_PROBE["model"]:
                 words["teacher"] |= {"weights": str(self.sets / WEIGHTS), "cache": "disk"}
         try:
-            summary = self._finish(folder, words, settings)
+            summary = self.finish(folder, words, settings)
         except (RunError, TrainingError) as error:  # as of a teacher that is worse than the untrained student
             print(f"{cell.name}: {error}", flush=True)
             return
@@ -195,11 +195,11 @@ class Bench:
         words = {"data": {"source": source, "labels": None}, "seed": 1, "method": "full" if full else "linear"}
         words |= {"losses": "ce", "student": student}
         settings = settings_of(TEACHER_STEPS[ALL], len(open_data(source, None, 0.2).train), "shift" if full else "none")
-        self._finish(folder, words, [*settings, *([] if full else ["train.lr=0.01"])])
+        self.finish(folder, words, [*settings, *([] if full else ["train.lr=0.01"])])
         return folder
 
     @staticmethod
-    def _finish(folder: Path, words: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    def finish(folder: Path, words: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         if (folder / "recipe.yaml").exists():
             run_dir = RunDir.open(folder)
             return run_dir.summary() if run_dir.is_done else dict(resume(folder).summary)
