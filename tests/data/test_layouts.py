@@ -187,7 +187,7 @@ def test_classes_that_may_lie_deeper_are_refused_with_the_level(
     tree: Tree, files: Files, level: int, named: str
 ) -> None:
     text = refusal(root := tree(files))
-    assert f"the classes may lie {level} levels deep" in text and f"for {named} as classes" in text
+    assert f"the classes may lie {level} levels deep" in text and f"for {named} ... as classes" in text
     assert f"--set data.depth={level}" in text and "--set data.depth=1" in text
     deep, top = opened(root, level), opened(root, 1)
     assert len(deep.classes) == len(files) // 4 and ", ".join(deep.classes).startswith(named)

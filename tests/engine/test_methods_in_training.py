@@ -14,7 +14,9 @@ from remap.runs.task import load_task
 from remap.tuning import METHODS
 
 
-@pytest.mark.parametrize(("settings", "expected"), [((), 8.0), (("train.base_lr=0.5",), 4.0), (("train.lr=0.3",), 0.3)])
+@pytest.mark.parametrize(
+    ("settings", "expected"), [((), 8.0), (("train.lr=null", "train.base_lr=0.5"), 4.0), (("train.lr=0.3",), 0.3)]
+)
 def test_the_default_rate_is_scaled_to_the_students_width(
     tiny: Any, tmp_path: Path, settings: tuple[str, ...], expected: float
 ) -> None:
