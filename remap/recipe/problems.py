@@ -14,7 +14,7 @@ from remap.registry import did_you_mean, nearest
 # Where pydantic speaks of Python classes, a recipe has plainer things.
 _SHAPES = {"model_type": "a mapping of keys", "dict_type": "a mapping of keys", "tuple_type": "a list"}
 # Sections that a name alone may stand for.
-_NAMED = ("MethodSpec", "LossSpec", "InitSpec", "ModelSpec", "TeacherSpec")
+_NAMED = ("MethodSpec", "LossSpec", "InitSpec", "StudentSpec", "TeacherSpec")
 # And where it speaks of types, plain words: what was given follows anyway.
 _WORDS = {
     ", unable to parse string as an integer": "",
