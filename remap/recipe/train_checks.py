@@ -47,7 +47,7 @@ def train_problems(recipe: Recipe) -> Iterator[str]:
     if train.warmup_epochs is not None and train.warmup_epochs >= train.epochs:
         yield f"train.warmup_epochs: {train.warmup_epochs} must be less than train.epochs {train.epochs}"
     if train.lr is not None and train.base_lr is not None:
-        yield "train.base_lr: train.lr is the rate, whatever the width is (leave one of the two out)"
+        yield "train.base_lr: train.lr is the rate at any width (leave one of the two out)"
     if train.by_steps and train.lr is not None and train.min_lr > train.lr:
         yield f"train.min_lr: {train.min_lr:g} is above the peak, train.lr {train.lr:g}: the rate would not fall"
     if recipe.data.selection is not None and not train.selects and train.align != "bias":

@@ -40,7 +40,7 @@ class MethodEntry(Entry):
         two_classifiers: Gives losses on labels and losses on the teacher's logits a classifier each.
         of_images: Reads images or acts on their classifier, so that it fits no text tower.
         of_classes: Has tensors of each class besides the classifier, so that a run of it cannot learn more classes.
-        by_texts: Answers by texts of its own, whatever the classifier is.
+        by_texts: Answers by texts of its own, and not by the classifier.
     """
 
     trains: str
