@@ -1,7 +1,7 @@
 """A search of the objective where all images have labels, judged by training images that no page reports.
 
 Run: python benchmarks/search_objective.py --sets DIR --results DIR [--objectives kd4 kd1] [--methods lora bitfit]
-    [--seeds 1] [--table]
+    [--names clothing fashion] [--seeds 1] [--table]
 
 DIR holds the archives of when_a_teacher_pays.py. Of the training images of each set some are learned from (908 to
 1,029; 600 digits) and others judge (1,276 to 2,046; 400 digits); ``category`` are emoji by their category, other names
@@ -43,6 +43,7 @@ SETS: dict[str, tuple[str, str, Callable[[Members], Members], Callable[[Members]
     "cifar10": ("cifar10-train.tar", "", lambda m: m[100:200], lambda m: m[200:400]),
 }
 CATEGORY, DIGITS, LEAST_NAMES, NAMES = "category", "digits", 60, 45
+NAMES_OF_SETS = (*SETS, CATEGORY, DIGITS)
 METHODS = ("lora", "bitfit", "vpt_deep", "full")
 CE: dict[str, Any] = {"name": "ce"}
 SOFT, USUAL = "soft", 2.5
@@ -63,12 +64,14 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "feature, kd1": [CE, kd(1.0), {"name": "feature"}],
     "soft kd4": [CE, kd(4.0)],
     "soft kd2": [CE, kd(2.0)],
+    "soft kd4, ce x 0.1": [{**CE, "weight": 0.1}, kd(4.0)],
+    "soft feature, kd4": [CE, kd(4.0), {"name": "feature"}],
 }
 
 
 def make_sets(archives: Path, folder: Path) -> None:
     """Write the images to learn from and those to judge by, once."""
-    if not _claims(folder):
+    if not claims(folder):
         while not (folder / "done").exists():  # another process makes them
             time.sleep(1)
         return
@@ -133,7 +136,7 @@ def teacher_of(name: str, archives: Path, results: Path, *, soft: bool) -> Path:
         student = {"model": BY_PROBE["model"], "image_size": BY_PROBE["image_size"], "weights": str(archives / WEIGHTS)}
     words = {"data": {"source": source}, "seed": 1, "losses": "ce", "student": student}
     words["method"] = "full" if full else "linear"
-    if _claims(folder):
+    if claims(folder):
         count = len(open_data(source, None, 0.2).train)
         settings = settings_of(TEACHER_STEPS[1.0], count, "shift" if full else "none")
         Bench.finish(folder, words, [*settings, *([] if full else ["train.lr=0.01"])])
@@ -143,7 +146,7 @@ def teacher_of(name: str, archives: Path, results: Path, *, soft: bool) -> Path:
     return softened if soft else folder
 
 
-def _claims(path: Path) -> bool:
+def claims(path: Path) -> bool:
     """Whether this process is the first one to claim what it will write at a path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -176,7 +179,7 @@ def _soften(teacher: Path, source: str, method: str) -> None:
 def run(name: str, method: str, objective: str, seed: int, archives: Path, results: Path) -> None:
     """Run one cell, unless another process has it."""
     done = results / f"{name}-{method}-{objective.replace(' ', '_')}-{seed}.json"
-    if not _claims(done):
+    if not claims(done):
         return
     source = str(results / "sets" / name)
     words: dict[str, Any] = {
@@ -200,7 +203,7 @@ def run(name: str, method: str, objective: str, seed: int, archives: Path, resul
 def table(results: Path, seeds: int) -> None:
     """Print differences to ce in points, then mean and worst of each objective and method."""
     found: dict[tuple[str, str, int], dict[str, float]] = defaultdict(dict)
-    for name, method, seed in itertools.product((*SETS, CATEGORY, DIGITS), METHODS, range(1, seeds + 1)):
+    for name, method, seed in itertools.product(NAMES_OF_SETS, METHODS, range(1, seeds + 1)):
         for objective in OBJECTIVES:
             file = results / f"{name}-{method}-{objective.replace(' ', '_')}-{seed}.json"
             if file.exists():
@@ -227,6 +230,7 @@ def main() -> None:
     words.add_argument("--results", type=Path, required=True)
     words.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
     words.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    words.add_argument("--names", nargs="+", default=list(NAMES_OF_SETS), choices=list(NAMES_OF_SETS))
     words.add_argument("--seeds", type=int, default=1)
     words.add_argument("--table", action="store_true")
     options = words.parse_args()
@@ -234,8 +238,7 @@ def main() -> None:
     (options.results / "runs").mkdir(parents=True, exist_ok=True)
     if not options.table:
         make_sets(options.sets, options.results / "sets")
-        names = (*SETS, CATEGORY, DIGITS)
-        every = itertools.product(range(1, options.seeds + 1), options.methods, options.objectives, names)
+        every = itertools.product(range(1, options.seeds + 1), options.methods, options.objectives, options.names)
         for seed, method, objective, name in every:
             run(name, method, objective, seed, options.sets, options.results)
     table(options.results, options.seeds)

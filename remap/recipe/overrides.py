@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from remap.backbones.names import SHORT_NAMES
 from remap.errors import RecipeError
 from remap.recipe import strict_yaml
 from remap.recipe.schema import EMA, OF_OTHERS, SELF, Recipe, as_list, default_losses, loss_words
@@ -105,6 +106,8 @@ def _teachers(word: str, problems: list[str]) -> list[dict[str, Any]]:
             teachers.append({"model": model, "weight": float(weight)} if colon else {"model": part})
         except ValueError:
             teachers.append({"model": part})
+            if model in SHORT_NAMES:  # other words may have a colon of their own
+                problems.append(f"teacher: the weight after the colon must be a number, got '{weight}'")
     if not all(spec["model"] for spec in teachers):
         problems.append(f"teacher: a name is missing in '{word}'")
     return [spec for spec in teachers if spec["model"]]

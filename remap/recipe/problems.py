@@ -79,6 +79,8 @@ def _line(group: list[Any], schema: type[BaseModel], key: str, also: list[str]) 
             return f"{where}: missing, got {_shown(given)}"
         others = [key for key in given if key not in _fields_at(schema, path[:-1])]
         meant = nearest(str(path[-1]), others)
+        if not meant and path[-1] == "name" and others:
+            return f"{where}: missing; it says of what these are options: {', '.join(map(str, others))}"
         return f"{where}: missing" + (f"; did you write '{meant}' for it?" if meant else "")
     if kind == "literal_error":
         allowed = finding["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
@@ -91,7 +93,9 @@ def _line(group: list[Any], schema: type[BaseModel], key: str, also: list[str]) 
     messages = list(dict.fromkeys(map(_message, group)))
     message = " or ".join([messages[0], *(message.removeprefix("should be ") for message in messages[1:])])
     hint = f"; write [{given}]" if kind == "tuple_type" and isinstance(given, str) and given else ""
-    got = "" if ", got " in message else f", got {_shown(given)}"
+    # A check of a whole section names the values that it is about.
+    says_it = ", got " in message or (kind == "value_error" and isinstance(given, Mapping))
+    got = "" if says_it else f", got {_shown(given)}"
     return f"{where}: {message}{got}{hint}"
 
 

@@ -181,9 +181,11 @@ def reliability(name: str, bins: Sequence[tuple[float, float, int]]) -> Drawing:
         axes.set_ylim(-3, 105)
         axes.set_xlabel("confidence of the answer, %")
         axes.set_ylabel("right, %")
-        axes.legend(loc="upper left")
+        # Above the axes: inside, few right answers of low confidence leave no corner free.
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), borderaxespad=0)
 
-    return Drawing(name, "share of right answers by confidence", paint)
+    margins = (0.62, 0.5, 0.1, 0.36)
+    return Drawing(name, "share of right answers by confidence", paint, (WIDTH, HEIGHT + 0.24), margins)
 
 
 def blocks(name: str, pairs: Mapping[str, Sequence[tuple[int, int]]], student: int, teacher: int) -> Drawing:

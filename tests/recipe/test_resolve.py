@@ -156,6 +156,12 @@ def test_a_value_of_several_kinds_is_one_line(loss: str, setting: str, says: str
     assert line.startswith(says)
 
 
+def test_a_section_is_not_shown_as_python_writes_it() -> None:
+    """What is wrong with it is named already."""
+    (line,) = problems(words={"teacher": "a", "student": "shrink(teacher"})
+    assert line.endswith("(write shrink(teacher, depth=6, width=384, heads=6, mlp=1536))")
+
+
 def test_an_unknown_loss_is_blamed_for_nothing_else() -> None:
     (line,) = problems(words={"teacher": "a", "losses": "tokenz"})
     assert line.startswith("losses[0].name: unknown loss 'tokenz'; did you mean 'tokens'?")
@@ -180,6 +186,12 @@ def test_words_may_be_whole_sections() -> None:
 def test_a_teacher_without_a_name_is_refused(word: str) -> None:
     (line,) = problems(words={"teacher": word})
     assert line == f"teacher: a name is missing in '{word}'"
+
+
+def test_a_weight_that_is_no_number_is_said_before_a_model_is_looked_for() -> None:
+    (line,) = problems(words={"teacher": "mini_teacher:0.5,mini_conv:x"})
+    assert line == "teacher: the weight after the colon must be a number, got 'x'"
+    assert resolve(words={"teacher": "local-dir:x"}).teacher.model == "local-dir:x"
 
 
 def test_a_file_that_is_no_yaml_and_a_broken_setting_come_together(tmp_path: Path) -> None:
@@ -302,6 +314,7 @@ REFUSED = {
     "train.warmup_epochs=30": "train.warmup_epochs: 30.0 must be less than train.epochs 30",
     "train.accumulation=7": "train.batch_size: 64 is not a multiple of accumulation 7",
     "name=a/b": "name: 'a/b' may hold letters",
+    "student.init.which=first": "student.init.name: missing; it says of what these are options: which",
 }
 
 
