@@ -28,7 +28,7 @@ class Batch:
         labels_B: Class indices, int64, or multi-hot (B, C), int8; -1 without a label.
         indices_B: Positions in the split, int64 on the CPU.
         keys_B: One key an image for dropout, int64.
-        share: The part of the step's global batch that this micro-batch stands for.
+        share: Its readable images as a part of the step's global batch: below the plan's where some cannot be read.
         other_B: Label of the image that was mixed into each one (its own where none was); None where nothing is mixed.
         share_B: How much of each image is its own, float32; None where nothing is mixed.
         view: Number of the view that the images are seen in, for ``augmented_view``.
@@ -69,7 +69,7 @@ def _make(source: ViewSource, plan: EpochPlan, epoch: int, pair: tuple[NDArray[n
         labels,
         readable,
         keys,
-        len(indices) / plan.step_images,
+        len(readable) / plan.step_images,
         other,
         share,
         view,

@@ -62,9 +62,13 @@ class EpochPlan:
         Args:
             labeled: Share of the images themselves that have a label.
         """
-        labeled = labeled if self.source_images is None else 0.5
-        mixed = self.mix_probability if self.mixes else 0.0
-        return labeled * (1.0 - mixed + mixed * labeled)
+        if self.source_images is not None:  # and nothing is mixed
+            return 0.5
+        # The partner is one of the other images; the last one of an odd number has none.
+        other = max(0.0, labeled * self.images - 1) / max(1, self.images - 1)
+        paired = self.step_images // 2 * 2 / self.step_images
+        mixed = paired * self.mix_probability if self.mixes else 0.0
+        return labeled * (1.0 - mixed + mixed * other)
 
     def view(self, epoch: int) -> int:
         """Return the number of the view that this epoch sees; without augmentation there is one."""

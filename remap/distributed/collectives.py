@@ -29,6 +29,13 @@ def all_reduce_max(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
     return tuple(all_reduce_max_(accelerator, torch.tensor(values, device=accelerator.device)).tolist())
 
 
+def all_reduce_counts(accelerator: Accelerator, *counts: int) -> tuple[int, ...]:
+    """Return the sum of each count over all processes."""
+    if accelerator.num_processes == 1:
+        return counts
+    return tuple(all_reduce_sum(accelerator, torch.tensor(counts, device=accelerator.device)).tolist())
+
+
 def all_reduce_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
     """Replace values by their sum over all processes, in place."""
     if accelerator.num_processes > 1:

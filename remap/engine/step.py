@@ -1,7 +1,7 @@
 """Forward and backward of one step: micro-batches, teachers, losses and gradients."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from remap.data import keyed_random
 from remap.data.batches import Batch, batches
 from remap.data.views import ViewSource
-from remap.distributed.collectives import all_reduce_max, all_reduce_sum
+from remap.distributed.collectives import all_reduce_counts, all_reduce_sum, gather_rows
 from remap.distributed.device_memory import is_out_of_memory
 from remap.engine.micro_batch import inputs_of
 from remap.engine.out_of_memory import halve_micro_batches, refuse_sharded
@@ -122,7 +122,7 @@ def forward_backward(training: Training, update: int) -> Sums:
                 raise refuse_sharded(error) from error
             out_of_memory = str(error)  # only the text: the error itself keeps the tensors of the step alive
         # All processes do the step again if one ran out: gradients of other sizes do not add up.
-        failed, images = all_reduce_max(training.accelerator, bool(out_of_memory), sums.images)
+        failed, images = all_reduce_counts(training.accelerator, bool(out_of_memory), sums.images)
         if failed:
             training.restore_buffers()
             halve_micro_batches(training, out_of_memory)
@@ -130,6 +130,8 @@ def forward_backward(training: Training, update: int) -> Sums:
             _refuse_unreadable(training)
         else:
             _require_gradients(training, sums)
+            if not _compares_micro_batches(training):
+                _leave_out_unreadable(training, sums, images)
             return sums
 
 
@@ -158,7 +160,7 @@ def _accumulate(training: Training, sums: Sums) -> None:
     # The next one is decoded by a thread while this one trains.
     read = (next(training.stream) for _ in range(state.accumulation))
     readable = (batch for batch in read if len(batch.indices_B))
-    if job.objective.over_batch and state.accumulation * training.accelerator.num_processes > 1:
+    if _compares_micro_batches(training):
         _accumulate_whole(training, list(readable), sums)
         return
     for batch in readable:
@@ -169,6 +171,23 @@ def _accumulate(training: Training, sums: Sums) -> None:
         sums.add({"loss": loss.detach(), **parts}, batch.share)
     if not sums.images:
         _contribute_nothing(training, sums)
+
+
+def _compares_micro_batches(training: Training) -> bool:
+    """Whether a loss compares all images of a step, and they are in several micro-batches."""
+    several = training.state.accumulation * training.accelerator.num_processes > 1
+    return training.job.objective.over_batch and several
+
+
+def _leave_out_unreadable(training: Training, sums: Sums, images: int) -> None:
+    """Make sums over the step's batch means over the ``images`` of it that all processes could read."""
+    if images == training.plan.step_images:
+        return
+    factor = training.plan.step_images / images
+    for parameter in training.parameters.values():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
+    sums.losses = {name: value * factor for name, value in sums.losses.items()}
 
 
 def _forward(training: Training, batch: Batch, bad_targets: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -185,11 +204,14 @@ def _accumulate_whole(training: Training, batches: list[Batch], sums: Sums) -> N
         DataError: A process can read no image of the step: the others need its part.
     """
     sums.images = sum(len(batch.indices_B) for batch in batches)
-    (most_missing,) = all_reduce_max(training.accelerator, not sums.images)
-    if most_missing:  # on all processes at once, or the others would wait for its part
+    images = gather_rows(training.accelerator, torch.tensor([sums.images], device=training.accelerator.device)).tolist()
+    if not all(images):  # on all processes at once, or the others would wait for its part
         _refuse_unreadable(training)
-    _name_losses(training, sums)  # their order is the same on all processes, whatever comes first
-    for values, share in forward_backward_whole(training, batches, sums.bad_targets):
+    first_row = sum(images[: training.accelerator.process_index])
+    # Of the images that can be read: the loss over all of them is their mean.
+    batches = [replace(batch, share=len(batch.indices_B) / sum(images)) for batch in batches]
+    _name_losses(training, sums)  # in the same order on all processes
+    for values, share in forward_backward_whole(training, batches, first_row, sums.bad_targets):
         sums.add(values, share)
 
 

@@ -25,12 +25,13 @@ Rows = dict[str, Tensor]
 
 
 def forward_backward_whole(
-    training: Training, batches: Sequence[Batch], bad_targets: list[Tensor]
+    training: Training, batches: Sequence[Batch], first_row: int, bad_targets: list[Tensor]
 ) -> Iterator[tuple[dict[str, Tensor], float]]:
     """Do a step's forward and backward passes where losses read the whole batch; every process calls it.
 
     Args:
         batches: This process's micro-batches with readable images, one at least.
+        first_row: Where their images begin among those of all processes.
         bad_targets: As for ``inputs_of``.
 
     Yields:
@@ -54,7 +55,6 @@ def forward_backward_whole(
         for number in range(len(parts[0].targets))
     ]
     labels = _gathered_labels(accelerator, [part.labels for part in parts])
-    first = _first_row(accelerator, sum(len(batch.indices_B) for batch in batches))
 
     for rows in leaves.values():
         # The first backward pass ends here, at the gathered signals of all processes.
@@ -67,8 +67,8 @@ def forward_backward_whole(
         if len(batches) > 1:
             torch.manual_seed(seed)
             signals[number] = run_student(training, part)
-        mine = slice(first, first + len(batch.indices_B))
-        first = mine.stop
+        mine = slice(first_row, first_row + len(batch.indices_B))
+        first_row = mine.stop
         loss, values = training.module.losses(signals[number], part.targets, part.labels, over_batch=False)
         loss_of_part = loss * batch.share
         for name, rows in _rows(signals[number], needs).items():
@@ -123,12 +123,6 @@ def _gathered_labels(accelerator: Accelerator, parts: Sequence[Labels]) -> Label
     assert classes_B is not None
     other_B, share_B = joined([part.other_B for part in parts]), joined([part.share_B for part in parts])
     return Labels(classes_B, other_B, share_B, parts[0].labeled, parts[0].weights_C)
-
-
-def _first_row(accelerator: Accelerator, count: int) -> int:
-    """Return where this process's images begin in the whole batch."""
-    counts = gather_rows(accelerator, torch.tensor([count], device=accelerator.device))
-    return int(counts[: accelerator.process_index].sum())
 
 
 def _rows(signals: Signals, needs: Needs) -> Rows:

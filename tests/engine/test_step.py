@@ -2,10 +2,12 @@
 
 import copy
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -77,6 +79,45 @@ def test_unequal_micro_batches_count_by_their_images(tiny: Any, job_of: Callable
     assert float(losses["loss"]) == pytest.approx(loss.item(), rel=1e-6)
     for name, parameter in job.parameters().items():
         assert torch.allclose(found[name], parameter.grad, atol=1e-6), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 4, 24])
+def test_images_that_cannot_be_read_count_nothing(
+    tiny: Any, job_of: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    """Some micro-batches have fewer images then, of 24 four have none; expected: torch's own mean over the others."""
+    recipe = tiny.recipe("train.batch_size=24", f"train.accumulation={accumulation}", "train.epochs=1", losses="ce")
+    job, unreadable = job_of(recipe), np.asarray([0, 5, 6, 23])
+    job.student.model.eval()
+    read, (images, labels) = job.source.batch, _everything(job)
+    monkeypatch.setattr(job.source, "batch", lambda indices: read(np.setdiff1d(indices, unreadable)))
+    losses = forward_backward(Training(job), update=0).losses
+    found = {name: p.grad.clone() for name, p in job.parameters().items()}
+    job.student.model.zero_grad()
+    others = np.setdiff1d(np.arange(24), unreadable)
+    logits = StudentStep(job.student, job.objective, bf16=False).runner(images[others]).logits_BC
+    loss = torch.nn.functional.cross_entropy(logits, labels[others])
+    loss.backward()
+    assert float(losses["loss"]) == pytest.approx(loss.item(), rel=1e-6)
+    for name, parameter in job.parameters().items():
+        assert torch.allclose(found[name], parameter.grad, atol=1e-6), name
+
+
+@pytest.mark.parametrize("losses", ["ce,kd", "ce,rkd"])
+def test_the_parts_of_a_batch_do_not_matter_to_images_that_cannot_be_read(
+    tiny: Any, tmp_path: Path, largest_difference: Callable[..., float], losses: str
+) -> None:
+    """Six steps of 8 images, of which two cannot be read, at once and as 2, 2, 2 and 2."""
+    shutil.copytree(tiny.data, tmp_path / "data")
+    for name in ("blue/00.png", "red/03.png"):
+        (tmp_path / "data" / "train" / name).write_bytes(b"no image")
+    words = {"data": str(tmp_path / "data"), "losses": losses, "method": "vpt_deep"}
+    recipes = [tiny.recipe("data.memory_gib=0", f"train.accumulation={n}", **words) for n in (1, 4)]
+    whole, parted = (start(recipe, tmp_path / f"{n}") for n, recipe in enumerate(recipes))
+    assert len(whole.summary["data"]["skipped"]) == 2
+    assert largest_difference(whole.student.trained, parted.student.trained) < 2e-5
+    for name, value in whole.summary["final_losses"].items():
+        assert parted.summary["final_losses"][name] == pytest.approx(value, rel=1e-4), name
 
 
 @pytest.mark.parametrize("losses", ["rkd,mlkd,logit_std", "crd,feature", "queue,tokens,dist"])
