@@ -12,7 +12,7 @@ from remap.errors import Interrupted
 from remap.pipeline.comparison_budget import read_budget, with_epochs, within_minutes, within_parameters
 from remap.pipeline.comparison_cells import DEFAULT_METHODS, Cell, comparison_cells
 from remap.pipeline.comparison_files import write_tables
-from remap.pipeline.comparison_folder import SEARCH, claim, fingerprint_of, is_done
+from remap.pipeline.comparison_folder import SEARCH, claim, fingerprint_of, is_done, require_same_images
 from remap.pipeline.comparison_plan import Plan, require_possible
 from remap.pipeline.comparison_resources import Resources, read_jobs
 from remap.pipeline.comparison_search import Search, held_out, judge_teachers, searched
@@ -79,6 +79,9 @@ def compare(
         unique = {cell.name: cell for cell in cells}
         missing = [cell for cell in unique.values() if not is_done(output / cell.name, cell, held_by)]
         if missing:
+            for cell in unique.values():
+                if cell not in missing:
+                    require_same_images(output / cell.name, cell, held_by)
             missing.sort(key=lambda cell: not cell.with_teacher)  # a weak teacher is found before any training
             # Imported here, so that a finished comparison is shown without loading torch.
             if plan.slurm is not None:

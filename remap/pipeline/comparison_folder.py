@@ -194,6 +194,25 @@ def is_done(path: Path, cell: Cell, held_by: Callable[[DataSpec], str]) -> bool:
     return True
 
 
+def require_same_images(path: Path, cell: Cell, held_by: Callable[[DataSpec], str]) -> None:
+    """Refuse to train beside a finished run whose images have changed since.
+
+    Args:
+        cell: A cell on the images of that run.
+        held_by: As for ``is_done``.
+
+    Raises:
+        RunError: They are others now.
+    """
+    then = RunDir.open(path).summary()["data"].get("fingerprint")
+    if then is not None and then != held_by(cell.recipe.data):
+        raise RunError(
+            f"the images have changed since {path} was trained on them; nothing was trained now",
+            given=_places(cell.recipe),
+            do="name another --output for the images as they are now, or bring back those of that run",
+        )
+
+
 def _places(recipe: Recipe) -> str:
     data = recipe.written_out().data
     places = (data.source, data.val_source, data.unlabeled, data.target)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from remap.errors import RecipeError, RunError
 from remap.io.versions import install_command
 from remap.pipeline.comparison_cells import Cell
-from remap.pipeline.comparison_folder import is_done
+from remap.pipeline.comparison_folder import is_done, require_same_images
 from remap.progress import Progress, Within
 from remap.recipe.schema import BASE_WIDTH, DataSpec, Recipe
 from remap.runs.run_dir import RunDir
@@ -116,6 +116,7 @@ def _best(
     from remap.pipeline.run import run
 
     study = _study(search, cell.recipe)
+    finished = next((folder / cell.group).glob("*/summary.json"), None)
     results: list[tuple[float, dict[str, float]]] = []
     for number in range(search.trials):
         trial = study.ask()
@@ -127,6 +128,8 @@ def _best(
         path = folder / cell.group / f"{number:03d}"
         # Asked again in the same order and told the same answers, the sampler names the same values.
         if not is_done(path, one, held_by):
+            if finished is not None:  # by an earlier command
+                require_same_images(finished.parent, one, held_by)
             title = f"search {cell.group} {number + 1}/{search.trials}"
             run_dir, shared = open_or_create(path, one.recipe), shared_by(cell, folder)
             run(one.recipe, run_dir, Within(progress, title), shared, resuming=True)

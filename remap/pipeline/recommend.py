@@ -19,7 +19,7 @@ from remap.pipeline.build_cache import prepare_shared_teacher
 from remap.pipeline.compare import resumable
 from remap.pipeline.comparison_budget import of_length, read_budget, trained_parameters, with_epochs, within_parameters
 from remap.pipeline.comparison_cells import Cell, comparison_cells
-from remap.pipeline.comparison_folder import TEACHER, claim, fingerprint_of, is_done
+from remap.pipeline.comparison_folder import TEACHER, claim, fingerprint_of, is_done, require_same_images
 from remap.pipeline.comparison_plan import require_rankable
 from remap.pipeline.comparison_search import held_out
 from remap.pipeline.held_out_classes import require_each_class
@@ -87,14 +87,15 @@ def recommend(
     left, held_by = candidates, cache(partial(fingerprint_of, progress=progress))
     with resumable(output, "recommend"):
         # As long as the last round trains. A finished trial has left it in the folder.
-        if not any(output.glob("round-*/*/summary.json")):
+        finished = next(output.glob("round-*/*/summary.json"), None)
+        if finished is None:
             prepare_shared_teacher((held_out(one.cell.recipe) for one in candidates), progress, shared)
         for number, count in enumerate(epochs, 1):
             progress.say(
                 f"round {number}/{len(epochs)}: {number_of(len(left), 'method')}, {number_of(count, 'epoch')} each"
             )
             for candidate in left:
-                _try(candidate, count, output / f"round-{number}", shared, held_by, progress)
+                _try(candidate, count, output / f"round-{number}", finished, shared, held_by, progress)
             # Of equally good methods the smaller one comes first.
             left = sorted(left, key=lambda one: (-one.accuracies[-1], one.parameters))
             left = left[: max(FEWEST, (len(left) + 1) // 2)] if number < len(epochs) else left
@@ -130,6 +131,7 @@ def _try(
     candidate: Candidate,
     epochs: int,
     folder: Path,
+    finished: Path | None,
     shared: SharedResources,
     held_by: Callable[[DataSpec], str],
     progress: Progress,
@@ -139,6 +141,8 @@ def _try(
     # Before anything is written: a link could lead out of the folder.
     links.require_no_link(path)
     if not is_done(path, cell, held_by):
+        if finished is not None:  # by an earlier command
+            require_same_images(finished.parent, cell, held_by)
         run(cell.recipe, open_or_create(path, cell.recipe), Within(progress, cell.label), shared, resuming=True)
     # From its files, whether it ran now or earlier: a resumed command ranks by the same figures.
     summary, evidence = RunDir.open(path).summary(), read_evidence(path)

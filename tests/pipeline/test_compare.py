@@ -73,6 +73,29 @@ def test_what_is_no_part_of_a_comparison_has_its_own_teacher(twin: Path, tiny: A
     assert shared_teacher(RunDir(twin / FIRST)) == twin / "teacher"
 
 
+def test_no_cell_is_trained_on_images_that_have_changed_meanwhile(
+    tiny: Any, tmp_path: Path, watch: Callable[..., Any]
+) -> None:
+    """At the same path. The finished comparison is shown all the same; with the old images back, methods are added."""
+    shutil.copytree(tiny.data, tmp_path / "data")
+    changed, folder = tmp_path / "data/val/red/00.png", tmp_path / "compare"
+
+    def compared(methods: list[str]) -> int:
+        progress = watch(lambda step: None)
+        compare(tiny.recipe("train.epochs=1", data=str(tmp_path / "data")), methods, 1, folder, progress)
+        return progress.steps
+
+    assert compared(["linear"]) == 2 * 3
+    image, other = changed.read_bytes(), (tmp_path / "data/val/red/01.png").read_bytes()
+    changed.write_bytes(other)
+    assert compared(["linear"]) == 0
+    with pytest.raises(RunError, match=r"the images have changed since .*linear-.*-s0 was trained on them"):
+        compared(["linear", "bitfit"])
+    assert not list(folder.glob("bitfit*"))
+    changed.write_bytes(image)
+    assert compared(["linear", "bitfit"]) == 2 * 3
+
+
 def test_images_that_were_moved_are_the_same_images(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:
     """Finished cells stay as they are; one that had begun asks for the new place in its recipe. A folder with one
     other image is refused.
