@@ -64,6 +64,18 @@ class DataViews:
         return (*self.data.skipped, *self.unreadable)
 
     @property
+    def used(self) -> dict[str, ViewSource]:
+        """The images that are learned from, and those that are evaluated on, by what messages call them."""
+        sources = {"training": self.train, "unlabeled": self.unlabeled}
+        sources |= {"evaluation": self.val, "test": self.test, "selection": self.selection}
+        return {what: source for what, source in sources.items() if source is not None}
+
+    @property
+    def unreadable_later(self) -> tuple[tuple[str, str], ...]:
+        """Images that were found unreadable after the others had been left out, with the reason."""
+        return tuple(item for source in self.used.values() for item in source.bad_names())
+
+    @property
     def labeled_share(self) -> float:
         """Share of ``training_source`` that have a label."""
         return float((self.training_source.split.labels >= 0).mean())

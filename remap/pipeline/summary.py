@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from remap.backbones.kernels import compiled
 from remap.data import METRIC
 from remap.data.views import listed
+from remap.distributed.collectives import share_unreadable
 from remap.distributed.device_memory import peak_bytes
 from remap.distributed.launch import accelerator
 from remap.distributed.sharding import is_sharded
@@ -45,6 +46,18 @@ def evaluate_at_end(
     components: RunComponents, recorder: EpochRecorder, progress: Progress, state: State
 ) -> FinalEvaluations:
     """Evaluate what has not been evaluated yet: a teacher that changed, and the test images, once."""
+    final = _final_evaluations(components, recorder, progress, state)
+    # Where images are not held in memory, unreadable ones are found on the way.
+    for what, source in components.views.used.items():
+        share_unreadable(accelerator(), source)  # each process has found those of its own share
+        if bad := source.bad_names():
+            progress.say(f"skipped {number_of(len(bad), f'{what} image')} that cannot be read: {listed(bad)}")
+    return final
+
+
+def _final_evaluations(
+    components: RunComponents, recorder: EpochRecorder, progress: Progress, state: State
+) -> FinalEvaluations:
     recipe, views = components.recipe, components.views
     for number, teacher in enumerate(components.teachers):
         if teacher.spec.learns and components.judges:
@@ -56,10 +69,6 @@ def evaluate_at_end(
             what = "the teacher's answers"
             evaluate = partial(evaluate_as, recipe, teacher.network, views.val, progress, what)
             teacher.evaluation = evaluate_once(recipe, teacher.network, views, evaluate)
-    # Where images are not held in memory, unreadable ones are found during training.
-    bad = components.training_source.bad_names()
-    if bad:
-        progress.say(f"skipped {number_of(len(bad), 'training image')} that cannot be read: {listed(bad)}")
     if recipe.label_free:
         return FinalEvaluations(None, None, judge(components, "the student", progress))
     if not components.judges:
@@ -85,6 +94,7 @@ def summarize(
     """Return all that is known once training has ended."""
     recipe, student, views = components.recipe, components.student, components.views
     kept = state.history[kept_epoch(state, recipe.train) - 1]
+    trained_on = len(components.training_source.split) - len(components.training_source.bad)
     summary: dict[str, Any] = {
         "run_dir": str(recorder.run_dir.path),
         "recipe": recipe.name,
@@ -105,12 +115,12 @@ def summarize(
         "data": {
             "source": views.data.source,
             "classes": len(views.data.classes),
-            "train_images": len(components.training_source.split),
-            "labeled_images": round(len(components.training_source.split) * components.labeled_share),
-            "val_images": len(views.val.split),
+            "train_images": trained_on,
+            "labeled_images": round(trained_on * components.labeled_share),
+            "val_images": len(views.val.split) - len(views.val.bad) if final.val is None else final.val.count,
             "split": views.data.split_rule,
             **({"value_range": list(ends)} if (ends := views.view.pixels.value_range) else {}),
-            "skipped": [list(item) for item in (*views.skipped, *components.training_source.bad_names())],
+            "skipped": [list(item) for item in (*views.skipped, *views.unreadable_later)],
             "fingerprint": views.fingerprint(),
             # `remap eval` says by it whether it evaluates the same images.
             "val_fingerprint": views.contents["val"].fingerprint(Silent(), "evaluation images"),

@@ -116,6 +116,25 @@ found = evaluate_run.evaluate_run(run, None, True, Silent())
 """
 
 
+@pytest.mark.parametrize("memory", ["8", "0"])
+def test_images_that_are_left_out_are_named_and_not_counted(
+    tiny: Any, tmp_path: Path, watch: Callable[..., Any], memory: str
+) -> None:
+    """Of 24 and 9 images of the fixture one each cannot be read: found before training, or on the way."""
+    shutil.copytree(tiny.data, tmp_path / "data")
+    for name in ("train/red/00.png", "val/red/00.png"):
+        (tmp_path / "data" / name).write_bytes(b"no image")
+    progress = watch(lambda step: None)
+    settings = (f"data.memory_gib={memory}", "data.skip_bad=true", "train.epochs=1")
+    summary = start(tiny.recipe(*settings, data=str(tmp_path / "data")), tmp_path / "run", progress).summary
+    data, student = summary["data"], summary["student"]
+    assert (data["train_images"], data["labeled_images"], data["val_images"]) == (23, 23, 8)
+    assert [name for name, _ in data["skipped"]] == ["train/red/00.png", "val/red/00.png"]
+    assert student["accuracy"] == student["correct"] / 8
+    said = [line for line in progress.said if "val/red/00.png (not an image)" in line]
+    assert len(said) == 1
+
+
 @pytest.mark.slow
 def test_no_process_reads_the_images_of_the_others_again(
     tiny: Any, tmp_path: Path, fork_command: Callable[..., Any]
