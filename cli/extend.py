@@ -36,7 +36,9 @@ def extend(
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate, of ways that take steps.", show_default="the run's")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of all draws.", show_default="the run's")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Decides every random choice.", show_default="the run's")
+    ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any recipe field. Repeatable.")] = None,
     output: Annotated[Path | None, typer.Option(help="Run directory to make.", show_default="runs/NAME-001")] = None,
     json: opt.Json = False,

@@ -89,7 +89,7 @@ def _report(error: BaseException) -> int:
     problem = problem or refused_thread(error)  # of a library: the progress bars' for one
     if _signal and not isinstance(problem, Interrupted):  # whatever error it is, the signal caused it
         word = "interrupted" if _signal == signal.SIGINT else "terminated"
-        what = f"{word}; there was nothing to save, and what was saved before is kept"
+        what = f"{word}; there was nothing to save, and what was saved before stays"
         problem = Interrupted(what, exit_code=128 + _signal)
     return launch.report(problem or error)
 

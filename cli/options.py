@@ -97,6 +97,7 @@ _MODEL = "Short name, timm name, local-dir:FOLDER, file, clip:NAME or run direct
 _TEACHER = f"{_MODEL}; self or ema, made of the student; or several with"
 _METHOD = "Tuning method of the student; see `remap methods`."
 _EPOCHS, _BATCH = "Passes over the training images.", "Images per update, over all processes."
+_LISTED = "Comma-separated, with weights after a colon"
 _LOSSES = (
     "ce,kd,attention, of these what the method can follow, with few labels ce:0.1 and kd at a temperature of 2; without"
     " a teacher ce"
@@ -118,9 +119,9 @@ RECIPE_OPTIONS = (
     _models("force_init", bool, (DISTILL,), None, "Let --init overwrite weights that are not random."),
     _models("method", str, (DISTILL, BUILD), "lora; digits hira", _METHOD),
     _models("method", str, _ALONE, "lora", _METHOD),
-    _models(
-        "losses", str, _ALL, _LOSSES, "Comma-separated, with weights after a colon: ce,kd:0.5. See `remap losses`."
-    ),
+    _models("losses", str, (*_TEACH, LR), _LOSSES, f"{_LISTED}: ce,kd:0.5. See `remap losses`."),
+    # Without a teacher: those on labels, and those on images of another domain.
+    _models("losses", str, (TUNE,), "ce; with --target ce,infomax", f"{_LISTED}: ce,infomax:0.3. See `remap losses`."),
     _training("data", str, _ALL, "digits", _DATA),
     _training("val_data", str, _ALL, None, "Separate folder or tar to evaluate on."),
     _training(
@@ -141,7 +142,8 @@ RECIPE_OPTIONS = (
     _models(
         "templates", str, _ALL, "one", "Sentences around the words: one, clip (its 80), or a file of lines with {}."
     ),
-    _models("weights", str, _ALL, "pretrained", "For teacher and student: pretrained or none."),
+    _models("weights", str, (*_TEACH, LR), "pretrained", "For teacher and student: pretrained or none."),
+    _models("weights", str, (TUNE,), "pretrained", "Of the student: pretrained or none."),
     _training("epochs", int, (DISTILL, BUILD, RECOMMEND), "30; digits 10", _EPOCHS),
     _training("epochs", int, (COMPARE,), "30; digits 10, and 6 where nothing is chosen", _EPOCHS),
     _training("epochs", int, (TUNE,), "30", _EPOCHS),

@@ -90,7 +90,7 @@ def shrink(
     rows.append(["multiply-adds", *(_multiply_adds(number) for number in found.macs)])
     console.table(f"{teacher} shrunk, without classifiers", ["", "before", "after"], rows, right=(1, 2))
     if len(found.kept) < found.before.depth:
-        console.line(f"kept blocks, counted from 0: {', '.join(map(str, found.kept))}")
+        console.line(f"blocks that stay, counted from 0: {', '.join(map(str, found.kept))}")
     words = ["remap", "distill", "--teacher", teacher, "--student", f"local-dir:{output}", "--data", data]
     console.line(f"next: {shlex.join(words)}")
 
@@ -107,7 +107,7 @@ def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool
         console.emit({"output": str(output), "kept": kept, "gates": openness})
         return
     rows = [[index, f"{gate:.3f}", "kept" if index in kept else "removed"] for index, gate in enumerate(openness)]
-    console.table(f"{len(kept)} of {len(openness)} blocks of {run} are kept", ["block", "gate", ""], rows, right=(0, 1))
+    console.table(f"{len(kept)} of {len(openness)} blocks of {run} stay", ["block", "gate", ""], rows, right=(0, 1))
     console.line(f"next: remap tune --student {shlex.quote(f'local-dir:{output}')}")
 
 

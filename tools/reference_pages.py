@@ -243,7 +243,7 @@ def remapping() -> str:
             name = f"[`{row.name}`](losses.md#{row.name})" + (" (*)" if row.over_batch else "")
             cells = [name, row.summary, row.needs, row.mismatch, row.mixed, f"{row.weight:g}", paper(row.paper)]
             parts.append(_line(cells))
-    parts.append("\n(*) compares all images of a batch with each other, whatever process and micro-batch they are in.")
+    parts.append("\n(*) compares all images of a batch with each other, across processes and micro-batches.")
     for title, table in (("Weights", INITS), ("Architecture", ARCHITECTURES)):
         parts.append(f"\n## {title}\n")
         parts.append("| name | what it is | needs | where the models differ | paper |\n|---|---|---|---|---|")

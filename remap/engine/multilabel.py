@@ -1,6 +1,6 @@
 """Evaluation where an image has any number of classes: average precision, and F1 of the classes that are named.
 
-A class is named where its probability is above 0.5, so where its logit is above 0. A few lines of numpy, as
+A class is named from a probability of 0.5 on, so from a logit of 0 on. A few lines of numpy, as
 ``remap.engine.metrics``; the tests compare them with scikit-learn and torchmetrics. Letters: N images, C classes.
 """
 
@@ -93,7 +93,7 @@ class SetEvaluation(Evaluation):
     @property
     def named_NC(self) -> np.ndarray:
         """Which classes are named, of the images that could be read."""
-        return self.scores_NC > 0
+        return self.scores_NC >= 0
 
     def metrics(self, teacher: Evaluation | None = None) -> dict[str, float]:
         """Return shares from 0 to 1, over the images that could be read; empty where there are none.

@@ -176,7 +176,7 @@ def _accumulate(training: Training, sums: Sums) -> None:
 def _compares_micro_batches(training: Training) -> bool:
     """Whether a loss compares all images of a step, and they are in several micro-batches."""
     several = training.state.accumulation * training.accelerator.num_processes > 1
-    return training.job.objective.over_batch and several
+    return several and bool(training.job.objective.over_batch)
 
 
 def _leave_out_unreadable(training: Training, sums: Sums, images: int) -> None:

@@ -1,4 +1,4 @@
-"""Losses that compare the images of a batch: over all of them, whatever process and micro-batch they are in.
+"""Losses that compare the images of a batch: over all of them, across processes and micro-batches.
 
 As GradCache does (Gao et al. 2021, arXiv 2101.06983): the student's signals of all parts are gathered, the loss and its
 gradient with respect to them are computed on every process alike, and each part's own backward pass goes on from there.

@@ -70,7 +70,7 @@ classes, view, activation = (json.loads(metadata[key]) for key in ("classes", "p
 {images}task = sys.argv[2]
 names, answer = classes[task], session.run([task], {{"images": images}}, one)[0][0]
 several = activation[task] == "sigmoid"  # any number of classes
-print([name for name, one in zip(names, answer) if one > 0] if several else names[answer.argmax()])
+print([name for name, one in zip(names, answer) if one >= 0] if several else names[answer.argmax()])
 """
 _TORCH = """\
 import json, sys
@@ -159,7 +159,7 @@ def _say(source: TaskSource, options: ExportOptions, answer: str) -> str:
     cut = source.cut(options.softmax)
     if cut is None:
         return f"print(classes[{answer}.argmax()])"
-    return f"print([name for name, one in zip(classes, {answer}) if one > {cut:g}])"
+    return f"print([name for name, one in zip(classes, {answer}) if one >= {cut:g}])"
 
 
 def _images(view: View, options: ExportOptions) -> str:

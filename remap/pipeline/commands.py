@@ -37,7 +37,7 @@ def tune(
         recipe: As for ``distill``, without a teacher.
         settings: As ``--set``: ``["train.lr=0.01", "method.rank=4"]``.
         output: The run directory to make; by default the next number under ``runs/``.
-        progress: Is told what happens (``remap.progress.Progress``).
+        progress: Gets messages and the progress of long work (``remap.progress.Progress``).
         callbacks: Your own Python in the run (``remap.Callback``).
 
     Raises:

@@ -46,7 +46,7 @@ class FrozenWeights:
         now = FrozenWeights.of(network)
         if now != self:
             raise TrainingError(
-                "training changed weights that are frozen; nothing of this student was kept",
+                "training changed weights that are frozen; nothing of this student was saved",
                 given=f"SHA-256 {self.sha256[:16]} before, {now.sha256[:16]} after",
                 do="this is a fault of the method or of code that was added to it: please report it",
             )

@@ -238,7 +238,7 @@ def distill(
             ``{"data": {"source": "X", "mixup": 0.8}}``.
         settings: As ``--set``: ``["teacher.cache=disk", "losses.tokens.layers=uniform"]``.
         output: The run directory to make; by default the next number under ``runs/``.
-        progress: Is told what happens: messages, and the progress of long work with its loss
+        progress: Gets messages, and the progress of long work with its loss
             (``remap.progress.Progress``).
         callbacks: Your own Python in the run of the student (``remap.Callback``).
 

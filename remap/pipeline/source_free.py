@@ -66,7 +66,7 @@ def by_information(
     written = attached.mergeable and all(name.startswith((f"{PATH}.", f"{TOWER}.")) for name in student.trained)
     if written or not student.trained:
         raise RunError(
-            f"there is nothing to adapt: {recipe.method.name} trained the classifier of {run} alone, which is kept",
+            f"nothing to adapt: {recipe.method.name} trained the classifier of {run} alone, which stays as it is",
             do="adapt a run of a method that changes the features, such as lora",
         )
     if attached.finishing:

@@ -77,14 +77,14 @@ def class_balance(components: RunComponents, progress: Progress) -> dict[str, An
         return {}
     labels_N, in_loss = components.training_source.split.labels, spec.class_weight_by == "loss"
     if labels_N.ndim == 2:
-        weights_C, what, how = answer_weights(labels_N, spec.class_weight_power), "a yes to", "counts as a no"
+        weights_C, what, how = answer_weights(labels_N, spec.class_weight_power), "positive labels of", "have weight"
     else:
-        weights_C, what = class_weights(labels_N, len(names), spec.class_weight_power), "an image of"
-        how = "counts" if in_loss else "is drawn"
+        weights_C, what = class_weights(labels_N, len(names), spec.class_weight_power), "images of"
+        how = "have weight" if in_loss else "are drawn"
     low, high = int(weights_C.argmin()), int(weights_C.argmax())
-    progress.say(
-        f"{what} {names[low]} {how} {weights_C[low]:.3g} times, one of {names[high]} {weights_C[high]:.3g} times"
-    )
+    times = "" if in_loss else " times"
+    least, most = (f"{weights_C[one]:.3g}{times}" for one in (low, high))
+    progress.say(f"{what} {names[low]} {how} {least}, of {names[high]} {most}")
     if not in_loss:
         return {"expected_N": weights_C[labels_N]}
     # float32 as the logits: the cross-entropy of PyTorch refuses weights of another dtype.

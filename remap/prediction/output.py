@@ -225,7 +225,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kept = "rows written so far are kept; the same command continues"
+        kept = "rows written so far stay; the same command continues"
         if error.errno in FULL:
             raise DiskFull(f"cannot write {path}: {error.strerror}", do=f"{MAKE_ROOM}; {kept}") from error
         raise RunError(f"cannot write {path}: {error.strerror}", do=f"choose another --output; {kept}") from error

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,10 @@ class Wanted:
         if self.precision not in (None, *PRECISIONS):
             allowed = ", ".join(PRECISIONS)
             raise RecipeError([f"precision: '{self.precision}' is not one (allowed: {allowed})"], "prediction")
+        for name in ("top", "batch_size", "workers"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+                raise RecipeError([f"{name}: should be a whole number of 1 or more, got {value!r}"], "prediction")
         if self.threshold is not None and (self.top is not None or not 0 <= self.threshold <= 1):
             raise RecipeError(
                 [f"threshold: {self.threshold} (allowed: 0 to 1, without a number of classes)"], "prediction"

@@ -88,7 +88,8 @@ def _loss_problems(recipe: Recipe) -> Iterator[str]:
     needing = [name for name in dict.fromkeys(names) if name in LOSSES and LOSSES.row(name).category not in alone]
     if needing and not recipe.named_teachers:
         need = "need" if len(needing) > 1 else "needs"
-        yield f"losses: {', '.join(needing)} {need} a teacher (set teacher.model, or use ce alone)"
+        do = "remap distill --teacher MODEL, in a recipe teacher.model; or use ce alone"
+        yield f"losses: {', '.join(needing)} {need} a teacher ({do})"
 
 
 def _shrink_problems(recipe: Recipe) -> Iterator[str]:

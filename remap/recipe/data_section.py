@@ -64,7 +64,7 @@ class DataSpec(Section):
     )
     classes: Annotated[tuple[str, ...] | PathOrName | None, BeforeValidator(split_classes), LATER] = Field(
         default=None,
-        description='What vision-language models are told of the classes: "ant,hat|cap" or a file; null is their names.'
+        description='Words of vision-language models for the classes: "ant,hat|cap" or a file; null is their names.'
         " Without labelled images these are the classes.",
     )
     templates: Annotated[tuple[str, ...] | PathOrName, BeforeValidator(_lists), LATER] = Field(

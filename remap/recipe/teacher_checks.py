@@ -108,7 +108,10 @@ def idle_options(recipe: Recipe, processes: int) -> Iterator[str]:
         if spec.prepare in ("none", "probe", WORDS) and not spec.joint:
             given = [f"{key}.{name}" for name in ("epochs", "lr") if getattr(spec, name) is not None]
             yield from (f"{name} has no effect: {key}.prepare={spec.prepare} tunes nothing" for name in given)
-        if spec.decay != TeacherSpec.model_fields["decay"].default and spec.model != EMA:
+        if spec.cache == "auto" and (changing := what_changes(spec, recipe.data)):
+            given = [name for name in ("top_k", "cache_dtype") if getattr(spec, name) != _default(name)]
+            yield from (f"{key}.{name} has no effect: nothing is cached, since {changing}" for name in given)
+        if spec.decay != _default("decay") and spec.model != EMA:
             yield f'{key}.decay has no effect: it is of the teacher "{EMA}", not of {spec.model}'
         if spec.shard == "on" and processes == 1:
             yield f"{key}.shard has no effect: there is one process, which has all weights"
@@ -122,6 +125,10 @@ def idle_options(recipe: Recipe, processes: int) -> Iterator[str]:
                 yield f"losses.{loss.name}.{key}: {epochs} (warmup_epochs: {schedule.warmup_epochs:g})"
     if recipe.data.mix_probability != 1 and not recipe.data.mixes:
         yield "data.mix_probability has no effect: data.mixup and data.cutmix are 0"
+
+
+def _default(name: str) -> object:
+    return TeacherSpec.model_fields[name].default
 
 
 def _self_teacher_problems(key: str, spec: TeacherSpec) -> Iterator[str]:

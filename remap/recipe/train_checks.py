@@ -33,7 +33,7 @@ def require_no_processes(recipe: Recipe, command: str) -> None:
         RecipeError: Names both.
     """
     if (count := recipe.train.processes) not in (None, 1):
-        line = f"train.processes: {command} runs in one process, and {count} are asked for (set train.processes=null)"
+        line = f"train.processes: {command} runs in one process, not in {count} (set train.processes=null)"
         raise RecipeError([line], recipe.name)
 
 

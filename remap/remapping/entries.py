@@ -28,7 +28,7 @@ class LossEntry(RemappingEntry):
         mixed: What it does with an image that is mixed of two (mixup, CutMix).
         weight: Default weight in the objective.
         of_average: Learns from the student's running average, which a recipe with it has as a teacher, and no other.
-        over_batch: Compares all images of a batch with each other, whatever process and micro-batch they are in.
+        over_batch: Compares all images of a batch with each other, across processes and micro-batches.
         multilabel: What it is where an image has any number of classes: "itself", another target, or empty where it
             makes sense for one class an image alone.
     """

@@ -235,7 +235,7 @@ REFUSED = {
     "recommend --output FILE": "FILE cannot be the folder of a comparison",
     "recommend --budget minutes=1": "--budget minutes=1: not a budget of this command",
     "recommend --set data.held_out=0.1": "remap recommend: data.held_out holds training images out already",
-    "lr --set train.processes=2": "train.processes: a range test runs in one process, and 2 are asked for",
+    "lr --set train.processes=2": "train.processes: a range test runs in one process, not in 2",
     "compare --set train.processes=2": "train.processes: remap compare runs in one process",
     "recommend --set train.processes=2": "train.processes: remap recommend runs in one process",
     "distill --output FILE": "FILE exists already",

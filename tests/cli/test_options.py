@@ -114,10 +114,17 @@ def test_the_help_shows_the_defaults_of_the_recipes() -> None:
 
 def test_the_help_says_that_the_method_decides_about_the_default_losses() -> None:
     """`linear` does not train attention, and is not made to follow it."""
-    (row,) = (row for row in RECIPE_OPTIONS if row.name == "losses")
+    (row,) = (row for row in RECIPE_OPTIONS if row.name == "losses" and DISTILL in row.commands)
     usual = str(row.shown).partition(", ")[0]
     assert ",".join(loss.name for loss in resolve_distill(None, {"method": "linear"}).losses) != usual
     assert "of these what the method can follow" in str(row.shown)
+
+
+def test_the_help_of_tune_shows_losses_without_a_teacher() -> None:
+    (row,) = (row for row in RECIPE_OPTIONS if row.name == "losses" and TUNE in row.commands)
+    alone, moved = (resolve(None, words).losses for words in ({}, {"target": "photos"}))
+    names = [",".join(loss.name for loss in losses) for losses in (alone, moved)]
+    assert row.shown == "{}; with --target {}".format(*names) and "kd" not in row.help
 
 
 def test_the_help_shows_the_default_ways() -> None:

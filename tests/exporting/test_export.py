@@ -25,6 +25,7 @@ from remap.data.pixels import Pixels
 from remap.data.views import View
 from remap.errors import RemapError, RunError
 from remap.exporting import export
+from remap.exporting.check import Comparison, compare, require_equal
 from remap.exporting.export import Exported, export_student, making
 from remap.exporting.format import ExportOptions
 from remap.exporting.int8 import require_gate
@@ -42,6 +43,20 @@ Finished = Callable[[str], Path]
 
 HAS_ONNX = all(map(find_spec, ("onnx", "onnxscript", "onnxruntime")))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="the extra 'onnx' is not installed")
+
+
+def test_two_classes_that_are_as_likely_may_change_places() -> None:
+    """Answers may be off by 1e-4: the first image's two classes are 1e-6 apart, the second one's 1."""
+    images = SourceImages(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), None, "two images")
+    near, far = torch.tensor([[2.0, 2.000001, 0.0], [2.0, 3.0, 0.0]]), torch.tensor([[2.000001, 2.0, 0.0]] * 2)
+
+    def compared(expected: torch.Tensor, found: torch.Tensor) -> Comparison:
+        return compare(lambda views: expected[: len(views)], lambda views: found[: len(views)], images, (1, 1))
+
+    assert compared(near[:1].repeat(2, 1), far).same_labels == 2
+    assert compared(near, far).same_labels == 1
+    with pytest.raises(RunError, match="answers otherwise"):
+        require_equal(compared(near, far), "onnx")
 
 
 @needs_onnx

@@ -149,7 +149,7 @@ def test_from_the_command_line_to_a_report_and_a_program(done: Result, tmp_path:
     student = remap.load_student(run, "cpu")
     black = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
     assert not torch.allclose(answers.sum(dim=1), torch.ones(2)), "each class is a yes or no of its own"
-    assert "[0]) if one > 0.5" in (tmp_path / "program" / "README.md").read_text()
+    assert "[0]) if one >= 0.5" in (tmp_path / "program" / "README.md").read_text()
     assert {name for name, _ in student.predict_all([black], 0.0)[0]} == set(COLOURS)
     call("report", run)
     page = (done.run_dir / "report.html").read_text()

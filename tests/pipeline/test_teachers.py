@@ -139,6 +139,11 @@ def test_the_prepared_teacher_is_kept_and_found_again(tiny: Any, tmp_path: Path,
         (("teacher.prepare=probe", "teacher.epochs=2", "teacher.lr=0.1"), ["teacher.epochs", "teacher.lr"]),
         (("teacher.prepare=full", "teacher.epochs=2", "teacher.lr=0.1"), []),
         (("teacher.decay=0.9", "data.mix_probability=0.5"), ["teacher.decay", "data.mix_probability"]),
+        (
+            ("teacher.top_k=3", "teacher.cache_dtype=fp16", "data.augment=light"),
+            ["teacher.top_k", "teacher.cache_dtype"],
+        ),
+        (("teacher.top_k=3", "teacher.cache_dtype=fp16", "data.augment=light", "data.views=4"), []),
         (("teacher.weight=0.5", "teacher.shard=on"), ["teacher.shard", "teacher.weight"]),
         (
             (

@@ -131,6 +131,13 @@ def test_precision_is_chosen_by_the_device_or_by_name(
         first("half")
 
 
+@pytest.mark.parametrize("option", [{"batch_size": 0}, {"batch_size": -1}, {"top": 0}, {"top": -1}, {"top": 2.5}])
+def test_numbers_are_those_of_the_command(make_task: MakeTask, photos: Path, option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(RecipeError, match=f"{name}: should be a whole number of 1 or more, got {option[name]}"):
+        list(remap.predict(make_task("one", "linear"), photos, **option))
+
+
 def test_a_threshold_is_for_any_number_of_classes(make_task: MakeTask, photos: Path) -> None:
     """Its refusal leaves nothing behind that the next command would not continue."""
     run, path = make_task("one", "linear"), photos.parent / "rows.jsonl"

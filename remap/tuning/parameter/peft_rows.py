@@ -239,7 +239,7 @@ ROWS = [
         vit_base=30_720,
         lr=3e-2,
         formula="W' = W + diag(b) B diag(d) A with frozen random A and B, shared by all layers; b and d are trained."
-        " A and B come from a seed and are kept with the tuned parameters.",
+        " A and B come from a seed and are saved with the tuned parameters.",
         options={
             "rank": _whole("r", 256, "Rank of the shared random matrices."),
             "seed": _option("projection_prng_key", 0, "Seed of the random matrices.", ge=0),
@@ -256,7 +256,7 @@ ROWS = [
         vit_base=230_400,
         lr=3e-3,
         formula="W' = W + alpha / r sum_j B_j diag(l_j) A diag(g_j): full rank from frozen random bases of rank r."
-        " ceil(min(i, o) / r) bases a layer; l and g are trained. The bases are kept as in VeRA.",
+        " ceil(min(i, o) / r) bases a layer; l and g are trained. The bases are saved as in VeRA.",
         options={
             "rank": _whole("r", 32, "Rank of each random matrix."),
             "alpha": _whole("randlora_alpha", 640, "Scale is alpha / rank; the paper's is 20."),
@@ -472,7 +472,7 @@ ROWS = [
         trains="L*(r*(r - 1)/2 + 2*r)",
         vit_base=12 * (32 * 31 // 2 + 2 * 32),
         formula="W' = W + B (diag(b) R diag(a) - I) A with W's r largest singular triplets in B and A, an orthogonal R"
-        " (Cayley) and two vectors; B and A are kept with the tuned parameters.",
+        " (Cayley) and two vectors; B and A are saved with the tuned parameters.",
         options={"rank": _whole("r", 32, "Dimensions of the subspace.")},
         settings=lambda options, _: {"psoft_alpha": options.rank},
         kept=("_psoft_A_cache", "_psoft_B_cache"),
@@ -485,7 +485,7 @@ ROWS = [
         trains="L*u",
         vit_base=12 * 64,
         formula="W' = W + B (sum_k v_k P_k) A with W's r largest singular triplets in B and A, frozen random P_k (r, r)"
-        " and u trained numbers v; all but v is kept as it is with the tuned parameters.",
+        " and u trained numbers v; all but v is saved unchanged with the tuned parameters.",
         options={
             "rank": _whole("r", 2, "Singular triplets of the weight."),
             "numbers": _whole("u", 64, "Trained numbers u of a group of layers."),

@@ -33,7 +33,7 @@ class PiSSA(_FromWeight):
     """B0 = U_r sqrt(S_r), A0 = sqrt(S_r) V_r^T: the r largest singular values of W (equations 2 to 4), scale 1.
 
     They are found by subspace iteration from a random start, which misses the exact ones by little and takes
-    a few milliseconds a layer. The initial factors are kept with the tuned ones.
+    a few milliseconds a layer. The initial factors are saved with the tuned ones.
     """
 
     name = "remap_pissa"
