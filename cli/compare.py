@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remap.io.human_size import size
+from remap.io.human_size import part, size
 from remap.io.paths import expanded
 from remap_cli import console, report
 from remap_cli.options import COMPARE, OPTIONS, recipe_words, training_command
@@ -161,10 +161,10 @@ def _show(table: dict[str, Any]) -> None:
 
     rows = []
     for row in table["rows"]:
-        share = row["trainable_parameters"] / row["total_parameters"]
+        share = part(row["trainable_parameters"], row["total_parameters"])
         cells = [
             f"{row['name']}{' *' if row['pareto'] else ''}",
-            f"{console.count(row['trainable_parameters'])} ({share:.1%})",
+            f"{console.count(row['trainable_parameters'])} ({share})",
             percent(row["alone"]),
             percent(row["teacher"]),
             interval(row["difference"]["to_alone"], _UNCLEAR),

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remap.io.human_size import size
+from remap.io.human_size import part, size
 from remap.runs.summary_schema import choice_in_words, measured_of, metric_of
 from remap_cli import console
 
@@ -57,7 +57,7 @@ def show(summary: dict[str, Any]) -> None:
     student, more = summary["student"], summary.get("more_teachers", [])
     teachers = [summary["teacher"], *more] if "teacher" in summary else []
     label_free = "backbone" in student
-    share = student["trainable_parameters"] / student["total_parameters"]
+    share = part(student["trainable_parameters"], student["total_parameters"])
     rows = []
     for number, teacher in enumerate(teachers, start=1):
         accuracy = "-" if teacher["accuracy"] is None else str(measured_of(summary, teacher))
@@ -70,7 +70,7 @@ def show(summary: dict[str, Any]) -> None:
             f"student + {summary['method']}",
             "-" if label_free or student["accuracy"] is None else str(measured_of(summary, student)),
             console.count(student["total_parameters"]),
-            f"{console.count(student['trainable_parameters'])} ({share:.1%})",
+            f"{console.count(student['trainable_parameters'])} ({share})",
             size(student["task_bytes"]),
         ]
     )

@@ -188,7 +188,8 @@ def require_small(image: Image.Image, pixels: Pixels) -> AbstractContextManager:
         fraction = next((by for by in _REDUCTIONS if count / by**2 <= limit), _REDUCTIONS[-1])
         image.draft(None, (width // fraction, height // fraction))
     if image.width * image.height > limit:
-        allow = f"--set data.max_megapixels={-(-count // 10**6)}"
+        # A student reads pictures as it was trained to: the limit is not one of the moment.
+        allow = f"a run with data.max_megapixels={-(-count // 10**6)} reads it"
         raise ValueError(f"{width:,} x {height:,} pixels, above the limit of {limit / 1e6:.4g} megapixels ({allow})")
     return _LARGE if count > (Image.MAX_IMAGE_PIXELS or limit) else nullcontext()
 

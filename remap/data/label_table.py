@@ -15,6 +15,7 @@ from remap.data.sources import LISTS, TABLES
 from remap.data.words import Word
 from remap.errors import DataError
 from remap.io.checked_read import read_regular
+from remap.io.human_size import number_of
 from remap.io.names import plain, same_name
 from remap.io.paths import absolute, expanded
 
@@ -57,9 +58,11 @@ class LabelTable(Rows):
             if not any(row):
                 continue
             if len(row) != len(header):
-                raise DataError(
-                    f"line {number} of the table has {len(row)} cells, not {len(header)}", given=plain(str(row))[:200]
-                )
+                what = f"line {number} of {word.rest} has {number_of(len(row), 'cell')}, not {len(header)}"
+                raise DataError(plain(what), given=plain(str(row))[:200])
+            if not row[file_at].strip():
+                yield Row(f"line {number}", listing, (), reason="no file is named")
+                continue
             path = find(row[file_at].strip())
             labels: tuple[str, ...] = ()
             if labeled:

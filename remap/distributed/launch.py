@@ -150,6 +150,24 @@ def _is_of_group(error: BaseException) -> bool:
     return broken or isinstance(error, (ProcessLost, distributed))
 
 
+def usable_device(device: str | torch.device | None = None) -> torch.device:
+    """Return where to compute, checked; None is the accelerator if there is one, else the CPU.
+
+    Raises:
+        RunError: PyTorch does not know the device, or cannot use it here.
+    """
+    if device is None:
+        # Checked: a PyTorch that was built for GPUs also runs where there is none.
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"cannot compute on {device}: {reason}", do="name cpu, or a device of this machine") from error
+    return found
+
+
 def use_bf16(precision: str, device: torch.device) -> bool:
     """Return whether to autocast to bfloat16: requested, or "auto" on a GPU or processor that computes in it."""
     if precision != "auto":

@@ -69,7 +69,7 @@ def export_student(
         RemapError: The format does not fit the method, a package is missing, the output is there already, or the
             export does not answer as the student does; nothing is left then.
     """
-    chosen, progress = ExportOptions(**options), progress or Silent()
+    chosen, progress = ExportOptions.of(options), progress or Silent()
     row = FORMATS.row(to)
     chosen.require_fit(row)
     form: Format = row.load()(row)

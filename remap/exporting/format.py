@@ -1,17 +1,18 @@
 """What a format is, and what a user chooses about an export."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from torch import Tensor
 
-from remap.errors import RemapError, RunError
+from remap.errors import RecipeError, RemapError, RunError
 from remap.exporting import FORMATS, FormatEntry
 from remap.exporting.task_source import TaskSource
+from remap.registry import did_you_mean
 
 Input = Literal["float", "uint8"]
 Layout = Literal["nchw", "nhwc"]
@@ -42,6 +43,21 @@ class ExportOptions:
     int8_epochs: int = 3
     max_drop: float = 1.0
     images: int = 256
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """Return options by name.
+
+        Raises:
+            RecipeError: A name is none of them.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            allowed = ", ".join(known)
+            lines = [f"{name}: unknown option{did_you_mean(name, known)} (allowed: {allowed})" for name in unknown]
+            raise RecipeError(lines, "options of an export")
+        return cls(**options)
 
     def require_fit(self, row: FormatEntry) -> None:
         """Refuse values that do not exist, and options that the format does not take.

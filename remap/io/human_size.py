@@ -7,6 +7,12 @@ def number_of(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else several}"
 
 
+def part(count: float, whole: float) -> str:
+    """Return a part of a whole in per cent: "2.4%", and two digits of one below 0.1 %, "0.038%"."""
+    percent = 100 * count / whole
+    return f"{percent:.2g}%" if 0 < percent < 0.1 else f"{percent:.1f}%"
+
+
 def size(nbytes: float) -> str:
     """Return bytes in the unit a reader would choose: 1,500 gives "1.5 kB"."""
     for unit in ("B", "kB", "MB", "GB"):

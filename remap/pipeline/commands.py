@@ -67,7 +67,7 @@ def evaluate(
         accuracy, correct, images; classes: class, images and accuracy of each; left_out and skipped files.
 
     Raises:
-        RemapError: The run is not finished or damaged, or the images do not fit it.
+        RemapError: The run has no tuned student, its task is damaged, or the images do not fit it.
     """
     return evaluate_run(expanded(run), data, skip_bad, progress)
 

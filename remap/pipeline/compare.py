@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from remap.errors import Interrupted
+from remap.io.human_size import number_of
 from remap.pipeline.comparison_budget import read_budget, with_epochs, within_minutes, within_parameters
 from remap.pipeline.comparison_cells import DEFAULT_METHODS, Cell, comparison_cells
 from remap.pipeline.comparison_files import write_tables
-from remap.pipeline.comparison_folder import SEARCH, claim, fingerprint_of, is_done, require_same_images
+from remap.pipeline.comparison_folder import SEARCH, TEACHER, claim, fingerprint_of, is_done, require_same_images
 from remap.pipeline.comparison_plan import Plan, require_possible
 from remap.pipeline.comparison_resources import Resources, read_jobs
 from remap.pipeline.comparison_search import Search, held_out, judge_teachers, searched
@@ -54,13 +55,14 @@ def compare(
     settled = partial(without_idle_losses, progress=progress)
     cells = comparison_cells(recipe, methods, seeds, plan.sweeps, plan.loss_sets, resources.images_of, settled)
     cells = resources.with_possible_inits(cells, optional=tuple(methods) == DEFAULT_METHODS)
-    for cell in cells:
-        if not _has_ended(output, cell):  # a finished one is shown without its images
-            require_each_class(cell.recipe if search is None else held_out(cell.recipe), resources.first)
-            require_folds(cell.recipe, resources.first)
+    for cell in (one for one in cells if not _has_ended(output, one)):  # finished ones are shown without their images
+        require_each_class(cell.recipe if search is None else held_out(cell.recipe), resources.first)
+        require_folds(cell.recipe, resources.first)
     left_out: dict[str, str] = {}
     if budget is not None and budget[0] == "parameters":
         cells, left_out = within_parameters(cells, int(budget[1]), len(resources.first.classes(recipe)))
+    else:
+        cells, left_out = resources.with_fitting_methods(cells)
     # Only now: what is refused above leaves the folder as it is.
     claim(output, recipe)
     # After the claim, since what is measured is written into the folder.
@@ -79,9 +81,8 @@ def compare(
         unique = {cell.name: cell for cell in cells}
         missing = [cell for cell in unique.values() if not is_done(output / cell.name, cell, held_by)]
         if missing:
-            for cell in unique.values():
-                if cell not in missing:
-                    require_same_images(output / cell.name, cell, held_by)
+            for cell in (one for one in unique.values() if one not in missing):
+                require_same_images(output / cell.name, cell, held_by)
             missing.sort(key=lambda cell: not cell.with_teacher)  # a weak teacher is found before any training
             # Imported here, so that a finished comparison is shown without loading torch.
             if plan.slurm is not None:
@@ -95,7 +96,19 @@ def compare(
     # Read from the run directories, also for cells that were run now.
     table = tabulate(recipe, cells, output) | {"budget": plan.budget, "search": found, "left_out": left_out}
     write_tables(table, output)
+    _name_others(output, cells, progress)
     return table
+
+
+def _name_others(output: Path, cells: Sequence[Cell], progress: Progress) -> None:
+    """Say which finished runs of the folder the table does not hold, since this command does not name them."""
+    finished = {path.parent.name for path in output.glob("*/summary.json") if not path.parent.name.startswith(TEACHER)}
+    if others := sorted(finished - {cell.name for cell in cells}):
+        shown = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
+        progress.say(
+            f"{output} also holds {number_of(len(others), 'finished run')} of an earlier command ({shown}):"
+            " to see them in one table, name their methods, seeds and sweeps too"
+        )
 
 
 def _has_ended(output: Path, cell: Cell) -> bool:

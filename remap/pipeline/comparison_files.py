@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from remap.io import atomic_write
-from remap.io.human_size import number_of, size
+from remap.io.human_size import number_of, part, size
 from remap.io.names import plain
 
 RECORD = "compare.json"
@@ -79,7 +79,7 @@ _COLUMNS = (
 def _cells(row: dict[str, Any]) -> list[str]:
     return [
         f"{row['name']}{' *' if row['pareto'] else ''}",
-        f"{row['trainable_parameters']:,} ({row['trainable_parameters'] / row['total_parameters']:.1%})",
+        f"{row['trainable_parameters']:,} ({part(row['trainable_parameters'], row['total_parameters'])})",
         percent(row["alone"]),
         percent(row["teacher"]),
         interval(row["difference"]["to_alone"]),

@@ -12,11 +12,12 @@ from remap.cache.shared_outputs import FOLDER
 from remap.distributed.device_memory import free_bytes, peak_bytes, reset_peak
 from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator
+from remap.errors import Interrupted, RemapError
 from remap.io.human_size import number_of, size
 from remap.pipeline.build_cache import prepared_components
 from remap.pipeline.comparison_cells import Cell
 from remap.pipeline.comparison_resources import AUTO, Resources
-from remap.pipeline.comparison_workers import Pool, Slot, run_cell
+from remap.pipeline.comparison_workers import Pool, Slot, require_all, run_cell
 from remap.pipeline.dry_run import estimate
 from remap.pipeline.teacher_tuning import needs_logits
 from remap.progress import CELLS, Progress, Silent
@@ -32,18 +33,12 @@ def run_cells(cells: Sequence[Cell], jobs: str, output: Path, resources: Resourc
 
     Raises:
         RunError: Some cells failed; all others are finished.
-        RemapError: A teacher is too weak, or a cell that runs alone failed.
+        RemapError: A teacher is too weak, or the first of cells that run one after the other failed.
     """
     steps = [resources.first.training_steps(cell.recipe) for cell in cells]
     most = len(cells) if jobs == AUTO else min(int(jobs), len(cells))
     if most == 1 or (jobs == AUTO and (sum(steps) < LEAST_STEPS or (cores() == 1 and not _gpus()))):
-        with progress.wait(CELLS, len(cells)) as shown:
-            shown.advance(0, **{cell.name: math.nan for cell in cells})
-            for number, cell in enumerate(cells, 1):
-                progress.say(f"[{number}/{len(cells)}] {cell.name}")
-                reset_peak(accelerator().device)  # each cell reports a peak of its own
-                accuracy = run_cell(cell, output, resources, progress, sum(steps[number:]))
-                shown.advance(1, **{cell.name: accuracy})
+        _one_after_the_other(cells, steps, output, resources, progress)
         return
     prepare_teachers(cells, output, resources, progress)
     slots = auto_slots(cells, progress) if jobs == AUTO else slots_of(most)
@@ -55,6 +50,29 @@ def run_cells(cells: Sequence[Cell], jobs: str, output: Path, resources: Resourc
             Pool(slots, output, resources.recipe, progress).run(cells)
     finally:
         shutil.rmtree(output / FOLDER, ignore_errors=True)
+
+
+def _one_after_the_other(
+    cells: Sequence[Cell], steps: Sequence[int], output: Path, resources: Resources, progress: Progress
+) -> None:
+    failed: dict[str, str] = {}
+    with progress.wait(CELLS, len(cells)) as shown:
+        shown.advance(0, **{cell.name: math.nan for cell in cells})
+        for number, cell in enumerate(cells, 1):
+            progress.say(f"[{number}/{len(cells)}] {cell.name}")
+            reset_peak(accelerator().device)  # each cell reports a peak of its own
+            accuracy = math.nan
+            try:
+                accuracy = run_cell(cell, output, resources, progress, sum(steps[number:]))
+            except Interrupted:
+                raise
+            except RemapError as error:
+                if number == 1:  # its teacher, its images or the disk: most likely what the others need, too
+                    raise
+                progress.say(f"{cell.name} failed: {error}")
+                failed[cell.name] = error.what
+            shown.advance(1, **{cell.name: accuracy})
+    require_all(failed, len(cells))
 
 
 def cores() -> int:

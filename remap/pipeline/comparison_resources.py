@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remap.errors import RecipeError, RemapError
+from remap.errors import BackboneError, RecipeError, RemapError
 from remap.io import atomic_write
 from remap.pipeline.comparison_cells import Cell, teacher_key
 from remap.pipeline.comparison_folder import TEACHER
 from remap.progress import Progress, Silent
 from remap.recipe.schema import Recipe
+from remap.tuning import rows_of
 
 if TYPE_CHECKING:
+    from remap.backbones.anatomy import Anatomy
     from remap.pipeline.shared import SharedResources
 
 AUTO = "auto"
@@ -115,3 +117,33 @@ class Resources:
                 self._progress.say(f"{cell.label} is left out: {error.what}")
                 impossible.add(cell.label)
         return [cell for cell in cells if cell.label not in impossible]
+
+    def with_fitting_methods(self, cells: list[Cell]) -> tuple[list[Cell], dict[str, str]]:
+        """Return the cells whose methods fit their students, before any is trained; and by label why others do not.
+
+        Raises:
+            RecipeError: None fits.
+        """
+        left_out: dict[str, str] = {}
+        students: dict[str, Anatomy] = {}
+        for cell in {cell.label: cell for cell in cells}.values():
+            spec = cell.recipe.student
+            # One that was begun fits; one that is cut from the teacher is known once that is prepared.
+            if spec.shrink is not None or (self._output / cell.name / "recipe.yaml").is_file():
+                continue
+            from remap.runs.task import open_backbone
+            from remap.tuning.attaching import require_fit
+
+            spec = spec.model_copy(update={"init": None, "force_init": False})
+            if repr(spec) not in students:
+                students[repr(spec)] = open_backbone(spec, len(self.first.classes(cell.recipe))).anatomy
+            try:
+                for row in rows_of(cell.recipe.method.name):
+                    require_fit(row, students[repr(spec)])
+            except BackboneError as error:
+                left_out[cell.label] = error.what + (f": {error.given}" if error.given else "")
+                self._progress.say(f"{cell.label} is left out: {left_out[cell.label]}")
+        fitting = [cell for cell in cells if cell.label not in left_out]
+        if not fitting:
+            raise RecipeError(list(left_out.values()), "command line", do="name other methods: --methods")
+        return fitting, left_out

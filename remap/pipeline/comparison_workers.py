@@ -59,7 +59,7 @@ def require_all(failed: Mapping[str, str], count: int) -> None:
         raise RunError(
             f"{len(failed)} of {count} cells failed; the others are finished",
             given=f"{', '.join(failed)}; {name}: {reason}",
-            do="start the same comparison again: finished cells are not run again",
+            do="start the same comparison again, or without the methods that failed; finished cells are not run again",
         )
 
 

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from remap.backbones.build import add_tensors
 from remap.distributed.sharding import gather_full
 from remap.errors import TrainingError
+from remap.io.human_size import part
 from remap.network import Network
 
 
@@ -62,4 +63,4 @@ def trained_text(trained: Mapping[str, Parameter], student: Network) -> str:
     total = student.num_parameters + in_losses + in_teacher
     parts = (("losses", in_losses), ("teacher", in_teacher))
     more = "".join(f", {number:,} of them in the {name}" for name, number in parts if number)
-    return f"training {count:,} of {total:,} parameters ({count / total:.1%}){more}"
+    return f"training {count:,} of {total:,} parameters ({part(count, total)}){more}"

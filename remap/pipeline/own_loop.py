@@ -89,6 +89,8 @@ def losses(
         for key in scheduled
         if loss.options.get(key) is not None or getattr(loss, key, None) is not None
     ]
+    if not recipe.losses:
+        problems.append("losses: at least one loss is needed")
     if problems:
         raise RecipeError(problems, "remap.losses")
     extra = (student.extra_tokens, student.seam, student.tokens_from) if isinstance(student, Attached) else ()

@@ -31,4 +31,11 @@ def losing_case(summary: Mapping[str, Any]) -> str | None:
     prompts = any(row.category == "prompt" for row in rows_of(summary["method"]))
     if data["labeled_images"] == data["train_images"] and prompts:
         return f"with all labels, prompts seldom gain from a teacher: try lora or adaptformer; {RULE}"
-    return f"the teacher did not help here; {RULE}" if baseline is not None else None
+    if baseline is None:
+        return None
+    if data["labeled_images"] < data["train_images"] / 2:
+        return (
+            "the teacher did not help here, though few images have labels: in as many steps labels alone see their"
+            f" images more often than the {data['train_images']:,} of this run; give it more epochs (--epochs)"
+        )
+    return f"the teacher did not help here; {RULE}"

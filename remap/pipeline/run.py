@@ -248,14 +248,23 @@ def distill(
     return start(as_recipe(recipe, settings), output, progress, callbacks=callbacks)
 
 
-def as_recipe(recipe: Recipe | str | Mapping[str, Any], settings: Iterable[str] = ()) -> Recipe:
-    """Return a recipe from a recipe, a name or file, or options (with the embedded default for what they leave out)."""
+def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any], settings: Iterable[str] = ()) -> Recipe:
+    """Return a recipe from a recipe, a name or file, or options (with the embedded default for what they leave out).
+
+    Raises:
+        RecipeError: It is none of these, or a value is wrong.
+    """
     settings = tuple(settings)
+    if not isinstance(recipe, Recipe | str | Path | Mapping):
+        kinds = "a name or file, a mapping of options ({} for the embedded default), or a Recipe"
+        raise RecipeError([f"recipe: should be {kinds}, got {type(recipe).__name__}"], "remap")
     if isinstance(recipe, Recipe):
         if settings:
             raise RecipeError(["settings: a recipe that is resolved already takes none"], "distill")
         return recipe
-    return resolve(recipe, settings=settings) if isinstance(recipe, str) else resolve_distill(None, recipe, settings)
+    if isinstance(recipe, str | Path):
+        return resolve(recipe, settings=settings)
+    return resolve_distill(None, recipe, settings)
 
 
 def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
 from remap.data.views import View
-from remap.errors import RecipeError
+from remap.distributed.launch import usable_device
+from remap.errors import DataError, RecipeError
 from remap.exporting.export import Exported, export_student
 from remap.exporting.task_source import TaskSource
 from remap.io.paths import expanded
@@ -75,7 +76,15 @@ class Student:
 
     @torch.no_grad()
     def logits(self, images: Sequence[Image.Image | bytes | Path | str]) -> Tensor:
-        """Return logits (B, C), float32, on the CPU; of many images, as many at once as ``AT_ONCE``."""
+        """Return logits (B, C), float32, on the CPU; of many images, as many at once as ``AT_ONCE``.
+
+        Raises:
+            DataError: One image is given, not a list.
+            BadImage: An image cannot be read.
+        """
+        if isinstance(images, str | bytes | Path | Image.Image):
+            given = images if isinstance(images, str | Path) else type(images).__name__
+            raise DataError("one image is given, where a list is read", given=given, do="write [image]")
         found = [torch.empty(0, len(self.classes))]
         for start in range(0, len(images), AT_ONCE):
             views = [self.pixels(image) for image in images[start : start + AT_ONCE]]
@@ -127,12 +136,10 @@ def load_student(run_dir: str | Path, device: str | torch.device | None = None) 
         device: Where it computes; None is the accelerator if there is one, else the CPU.
 
     Raises:
-        RunError: The files are damaged, the backbone is another one, or the student has no classifier.
+        RunError: The files are damaged, the backbone is another one, the student has no classifier, or the device
+            cannot be used.
     """
     path = expanded(run_dir)
     network, view = load_task(path)
     require_classifier(network, path)
-    if device is None:
-        # Checked: a PyTorch that was built for GPUs also runs where there is none.
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return Student(network, view, torch.device(device), path)
+    return Student(network, view, usable_device(device), path)

@@ -24,7 +24,7 @@ from remap.runs.summary_schema import summary_problem
 STUDENT_MODEL = "student_model"
 # What networks were worth before training, in a run directory and beside its prepared teachers.
 JUDGED = "judged.json"
-_NOT_A_RECORD = "name a run directory that `remap` wrote"
+_NOT_A_RECORD = "name a run directory that `remap` wrote; of such a run, bring back the file as it was"
 
 
 @dataclass(frozen=True)
@@ -198,12 +198,16 @@ class RunRecords:
             RunError: They are missing or damaged.
         """
         path = self.path / "metrics.jsonl"
+        records: list[dict[str, Any]] = []
         try:
-            records = [parse_json(line) for line in read_regular(path, MOST_JSON_BYTES).splitlines()]
-            if not all(isinstance(record, dict) and all(map(is_number, record.values())) for record in records):
-                raise ValueError("a line is not an object of numbers")
+            for line in read_regular(path, MOST_JSON_BYTES).splitlines():
+                record = parse_json(line)
+                if not isinstance(record, dict) or not all(map(is_number, record.values())):
+                    raise ValueError("it is not an object of numbers")
+                records.append(record)
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else plain(str(error))
+            what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            reason = error.strerror if isinstance(error, OSError) else f"line {len(records) + 1}: {plain(what)}"
             raise RunError(f"cannot read {path}: {reason}", do=_NOT_A_RECORD) from error
         return records
 

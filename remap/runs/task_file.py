@@ -156,7 +156,8 @@ def read_meta(folder: Path) -> TaskMeta:
     path = folder / "task.json"
     if not any(os.path.lexists(folder / name) for name in ("task.json", "task.safetensors")):
         # Both: `remap init` writes a recipe.yaml where the user is, which is not a run.
-        if all(os.path.isfile(folder.parent / name) for name in ("recipe.yaml", "status.json")):
+        is_run = all(os.path.isfile(folder.parent / name) for name in ("recipe.yaml", "status.json"))
+        if is_run and folder.name == "task":
             raise _unfinished(folder.parent)
         given = "it has neither recipe.yaml nor task.json" if os.path.isdir(folder) else not_a_folder(folder)
         what = f"{plain(str(folder))} is not a run directory or task folder"

@@ -16,6 +16,7 @@ from remap.backbones.build import Backbone, fresh_head
 from remap.backbones.kernels import fused_attention
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
 from remap.backbones.typed import as_timm
+from remap.distributed.launch import usable_device
 from remap.errors import RunError, UnknownName
 from remap.io.paths import expanded
 from remap.network import frozen
@@ -51,9 +52,7 @@ class MultiTask:
     ) -> None:
         if not tasks:
             raise RunError("no tasks are given", do="name some: MultiTask(backbone, {'birds': RUN})")
-        if device is None:
-            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        self.device = torch.device(device)
+        self.device = usable_device(device)
         first = folder_of(expanded(next(iter(tasks.values()))))
         self._backbone = backbone if isinstance(backbone, Backbone) else _open(backbone, read_meta(first), first)
         self._backbone.model.requires_grad_(False).eval()

@@ -107,13 +107,19 @@ def test_a_column_of_splits_and_a_second_table(tree: Tree) -> None:
         for (path, label), split in zip(LABELS, ["train"] * 4 + ["valid"] * 2 + ["test", "-"], strict=True)
     ]
     data = open_data(
-        table(root, "\n".join(["file,label,split", *lines, "", "images/0.gif,ant,train", "images/1.png,,train"])),
+        table(
+            root,
+            "\n".join(["file,label,split", *lines, "", "images/0.gif,ant,train", "images/1.png,,train", ",ant,train"]),
+        ),
         None,
         0.2,
     )
     assert pairs(data.train) == {(0, 0), (10, 1), (20, 0), (30, 1)} and pairs(data.val) == {(40, 0), (50, 1)}
     assert data.test is not None and pairs(data.test) == {(60, 0)}
-    assert counted(data.skipped) == "1 (in no split), 1 (.gif files are not read), 1 (without a label)"
+    assert (
+        counted(data.skipped)
+        == "1 (in no split), 1 (.gif files are not read), 1 (without a label), 1 (no file is named)"
+    )
     one, two = table(root, rows("file,label"), "one.csv"), table(root, "file\tlabel\nimages/7.png\tbee\n", "two.tsv")
     assert pairs(open_data(one, two, 0.2).val) == {(70, 1)}
 
@@ -123,7 +129,7 @@ REFUSED = {
     "no labels": ("file,age\nimages/1.png,3\nimages/2.png,3\n", "the columns of the table are not known"),
     "empty": ("", "the columns of the table are not known"),
     "only a header": ("file,label\n", "there are no labelled images to learn from"),
-    "ragged": ("file,label\nimages/1.png,a,b\n", "line 2 of the table has 3 cells, not 2"),
+    "ragged": ("file,label\nimages/1.png,a,b\n", "line 2 of {0} has 3 cells, not 2"),
     "two labels": ("file,label\nimages/1.png,a\nimages/1.png,b\n", "a file has two labels"),
     "above": ("file,label\n../x.png,a\nimages/1.png,b\n", "leads out of the table's folder"),
     "several labels": ("file,labels\nimages/1.png,a;b\n", "a column of several labels needs a separator"),

@@ -252,8 +252,8 @@ def huge_png(width: int, height: int) -> bytes:
     [
         ((1, 80_000_000), 500, "80,000,000 pixels, above the limit of 131,072 on a side"),
         ((20_000, 30_000), None, "above the limit of 500 megapixels"),
-        ((12_000, 9_000), None, r"above the limit of 89.48 megapixels .--set data.max_megapixels=108."),
-        ((12_000, 9_000), 107.0, r"--set data.max_megapixels=108"),
+        ((12_000, 9_000), None, r"above the limit of 89.48 megapixels .a run with data.max_megapixels=108 reads it."),
+        ((12_000, 9_000), 107.0, r"a run with data.max_megapixels=108"),
     ],
 )
 def test_pictures_too_large_are_refused_by_their_header(

@@ -45,6 +45,11 @@ HAS_ONNX = all(map(find_spec, ("onnx", "onnxscript", "onnxruntime")))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="the extra 'onnx' is not installed")
 
 
+def test_an_option_that_no_export_has_is_named(finished: Finished) -> None:
+    with pytest.raises(RemapError, match="inptu: unknown option; did you mean 'input'?"):
+        export_student(finished("linear"), "task", inptu="uint8")
+
+
 def test_two_classes_that_are_as_likely_may_change_places() -> None:
     """Answers may be off by 1e-4: the first image's two classes are 1e-6 apart, the second one's 1."""
     images = SourceImages(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), None, "two images")

@@ -28,6 +28,13 @@ def test_tune_takes_no_teacher(tiny: Any) -> None:
         remap.tune(tiny.words(method="linear"))
 
 
+def test_what_is_no_recipe_is_refused() -> None:
+    """None would train the embedded default in silence."""
+    for recipe in (None, ["digits"], 3):
+        with pytest.raises(RecipeError, match=f"recipe: should be a name or file.*, got {type(recipe).__name__}"):
+            remap.distill(recipe)  # type: ignore[arg-type]
+
+
 def test_compare_gives_a_row_a_method(tiny: Any, tmp_path: Path) -> None:
     settings = [*tiny.SETTINGS, "train.epochs=1", "teacher.allow_weak=true"]
     table = remap.compare(tiny.words(), ["linear"], seeds=1, settings=settings, output=tmp_path / "table")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from remap.errors import Interrupted, RunError
+from remap.errors import Interrupted, RecipeError, RunError
 from remap.pipeline.compare import compare
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.run import resume, start
@@ -71,6 +71,31 @@ def test_what_is_no_part_of_a_comparison_has_its_own_teacher(twin: Path, tiny: A
     run = start(tiny.recipe("train.epochs=1", "train.warmup_epochs=0", losses="ce"), twin / "mine").run_dir
     assert shared_teacher(RunDir(run)) is None
     assert shared_teacher(RunDir(twin / FIRST)) == twin / "teacher"
+
+
+def test_methods_that_do_not_fit_are_left_out_before_anything_is_trained(
+    tiny: Any, tmp_path: Path, watch: Callable[..., Any]
+) -> None:
+    progress, why = watch(lambda step: None), "conv_adapter does not fit plain vision transformers (vit)"
+    table = compare(tiny.recipe("train.epochs=1"), ["conv_adapter", "linear"], 1, tmp_path / "c", progress)
+    assert [row["method"] for row in table["rows"]] == ["linear"]
+    assert table["left_out"]["conv_adapter"].startswith(why)
+    assert progress.said[0].startswith(f"conv_adapter is left out: {why}")
+    assert f"Left out: {why}" in (tmp_path / "c" / "compare.md").read_text()
+    with pytest.raises(RecipeError, match="conv_adapter does not fit"):
+        compare(tiny.recipe("train.epochs=1"), ["conv_adapter"], 1, tmp_path / "d", Silent())
+    assert not (tmp_path / "d").exists()
+
+
+def test_finished_runs_that_the_table_does_not_hold_are_named(
+    tiny: Any, tmp_path: Path, watch: Callable[..., Any]
+) -> None:
+    for methods, others in ((["linear", "bitfit"], 0), (["linear"], 2), (["linear", "bitfit"], 0)):
+        progress = watch(lambda step: None)
+        table = compare(tiny.recipe("train.epochs=1"), methods, 1, tmp_path / "c", progress)
+        assert len(table["rows"]) == len(methods)
+        said = [line for line in progress.said if "also holds 2 finished runs of an earlier command (bitfit-" in line]
+        assert len(said) == bool(others)
 
 
 def test_no_cell_is_trained_on_images_that_have_changed_meanwhile(

@@ -135,6 +135,35 @@ def test_a_process_that_is_killed_loses_its_cell_alone(
     assert _tasks(folder) == _tasks(alone)
 
 
+def test_a_cell_that_fails_in_one_process_leaves_the_others_alone(
+    recipe: Recipe, alone: Path, tmp_path: Path, watch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of cells one after the other, too; a failure of the first ends all, for the others would lack the same."""
+    run, folder, progress = workers.run, tmp_path / "c", watch(lambda step: None)
+
+    def failing(name: str) -> Callable[..., Any]:
+        def one(recipe: Recipe, run_dir: Any, *args: Any, **kwargs: Any) -> Any:
+            if run_dir.path.name == name:
+                raise RunError(f"{name} does not work")
+            return run(recipe, run_dir, *args, **kwargs)
+
+        return one
+
+    monkeypatch.setattr(workers, "run", failing(SECOND))
+    with pytest.raises(RunError, match="1 of 4 cells failed; the others are finished") as caught:
+        compare(recipe, METHODS, 1, folder, progress, Plan(jobs="1"))
+    assert f"{SECOND}: {SECOND} does not work" in str(caught.value)
+    assert f"{SECOND} failed: {SECOND} does not work" in progress.said
+    monkeypatch.setattr(workers, "run", run)
+    compare(recipe, METHODS, 1, folder, Silent())
+    assert _tasks(folder) == _tasks(alone)
+    first = next(text.removeprefix("[1/4] ") for text in progress.said if text.startswith("[1/4] "))
+    monkeypatch.setattr(workers, "run", failing(first))
+    with pytest.raises(RunError, match=f"^{first} does not work"):
+        compare(recipe, METHODS, 1, tmp_path / "d", Silent(), Plan(jobs="1"))
+    assert not list((tmp_path / "d").glob("*/summary.json"))
+
+
 def test_a_cell_that_fails_is_named_with_its_reason(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

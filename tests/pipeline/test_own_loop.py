@@ -79,6 +79,8 @@ def test_the_ten_lines_of_the_docs_train(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_does_not_fit_is_refused() -> None:
     student, teacher = _pair()
+    with pytest.raises(remap.RemapError, match="at least one loss is needed"):
+        remap.losses("", student)
     with pytest.raises(remap.RemapError, match="cee"):
         remap.losses("cee", student, teacher)
     with pytest.raises(remap.RemapError, match="temprature"):

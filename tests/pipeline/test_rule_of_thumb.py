@@ -14,6 +14,7 @@ from remap.pipeline.rule_of_thumb import losing_case
         ("vpt_deep", 0.833, 0.637, 0.668, 100, "with all labels, prompts seldom gain"),
         ("vpt_deep", 0.833, 0.637, None, 100, "with all labels, prompts seldom gain"),
         ("bitfit", 0.833, 0.747, 0.761, 100, "the teacher did not help here"),
+        ("lora", 0.955, 0.725, 0.769, 20, "the teacher did not help here, though few images have labels"),
         ("lora", 0.943, 0.798, 0.549, 20, None),
         ("hira", 0.927, 0.954, 0.811, 10, None),  # digits: better than its teacher, and by far better by it
         ("hira", 0.927, 0.954, None, 10, "the teacher is not better than its student"),

@@ -58,6 +58,18 @@ def test_a_student_takes_any_number_of_images(
     assert student.predict([]) == student.predict_all([]) == []
 
 
+def test_one_image_is_no_list_and_a_device_has_to_be_here(make_task: MakeTask, photos: Path) -> None:
+    run = make_task("one", "lora", tuple("abcd"))
+    student, (file, *_) = load_student(run, "cpu"), sorted(photos.iterdir())
+    for one in (file, str(file), file.read_bytes(), Image.new("RGB", (8, 8))):
+        with pytest.raises(DataError, match="one image is given, where a list is read"):
+            student.predict(one)  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="cannot compute on banana: "):
+        load_student(run, "banana")
+    with pytest.raises(RunError, match="cannot compute on cuda:77: "):
+        list(remap.predict(run, photos, device="cuda:77"))
+
+
 def test_python_iterates_over_what_the_student_says(make_task: MakeTask, photos: Path) -> None:
     """Expected: the student's own forward and softmax, image by image; pooled features by timm's forward_head."""
     run = make_task("one", "lora", tuple("abcd"))

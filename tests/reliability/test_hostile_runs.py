@@ -184,6 +184,7 @@ def test_a_comparison_runs_what_is_damaged_again(tiny: Any, tmp_path: Path, name
         ),
         ("metrics.jsonl", "", "metrics.jsonl is empty"),
         ("metrics.jsonl", '{"epoch": 1, "loss": "x"}\n', "not an object of numbers"),
+        ("metrics.jsonl", '{"epoch": 1, "loss": 2}\n{"epoch": 2, "lo', "metrics.jsonl: line 2: Unterminated string"),
         ("metrics.jsonl", '{"epoch": 1, "loss": {}}\n', "not an object of numbers"),
         ("metrics.jsonl", '{"epoch": 1, "loss": true}\n', "not an object of numbers"),
         ("metrics.jsonl", f'{{"epoch": 1, "loss": {HUGE}}}\n', "not an object of numbers"),
