@@ -240,7 +240,7 @@ def test_a_signal_ends_with_a_word_and_its_code(number: signal.Signals, word: st
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number
-    assert errors == f"{word}; there was nothing to save, and what was saved before is kept\n"
+    assert errors == f"{word}; there was nothing to save, and what was saved before stays\n"
 
 
 SWALLOWS = """
