@@ -50,14 +50,18 @@ def extend(
     from remap.recipe.problems import checked
     from remap.recipe.schema import DataSpec
 
+    idle = {"how": how, "choose": choose, "epochs": epochs, "lr": lr, "seed": seed, "output": output}
+    if explain and (named := [f"--{name}" for name, value in idle.items() if value is not None]):
+        raise RecipeError([f"--explain trains nothing (leave {', '.join(named)} out)"], "extend")
     given = {"source": data, "val_source": val_data, "only": only}
     spec = checked(DataSpec, {name: value for name, value in given.items() if value is not None}, "extend")
     with console.Reporter() as progress:
         with progress.wait("loading PyTorch"):
+            from remap.pipeline.extend import data_of
             from remap.pipeline.extend import extend as extend_run
             from remap.pipeline.session_advice import situation
         if explain:
-            found = situation(run, spec)
+            found = situation(run, data_of(spec, settings or ())[0])
             advice = found.advice(memory=memory > 0)
             ways = [vars(one) for one in advice]
             console.emit({"situation": found.text, "ways": ways}) if json else _explain(found, advice)

@@ -185,7 +185,7 @@ OPTIONS = (
     _comparison("sets", Path, (COMPARE,), None, "Folder of the sets of a suite."),
     _comparison("sessions", str, (COMPARE,), None, _SESSIONS),
     _comparison("ways", str, (COMPARE,), "ranpac,prototypes,lwf,finetune,joint", _WAYS),
-    OptionRow("steps", int, (LR,), None, "Steps of the test.", _TRAINING, default=100, least=1),
+    OptionRow("steps", int, (LR,), None, "Steps of the test.", _TRAINING, default=100, least=10),
     OptionRow("recipe", str, _ALL, None, "A shipped recipe's name or a YAML file; other options override it."),
     OptionRow("settings", list[str], _ALL, None, "Any recipe field: --set train.lr=0.1. Repeatable.", flag="--set"),
     OptionRow("output", Path, _RUNS, "runs/NAME-METHOD-001", "Run directory to make."),

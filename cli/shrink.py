@@ -70,10 +70,11 @@ def shrink(
     from remap.recipe.problems import checked
     from remap.recipe.schema import DataSpec, ShrinkSpec, TeacherSpec
 
-    data = data or "digits"
     spec = checked(ShrinkSpec, given, "command line")
-    if idle := spec.idle_problems([*given, *(["seed"] if seed is not None else [])]):
+    of_images = [name for name, value in {"seed": seed, "data": data}.items() if value is not None]
+    if idle := spec.idle_problems([*given, *of_images]):
         raise RecipeError([f"--{problem}" for problem in idle], "command line")
+    data = data or "digits"
     source = checked(DataSpec, {"source": data}, "command line")
     larger = checked(TeacherSpec, {"model": teacher, "weights": weights or "pretrained"}, "command line")
     from remap.pipeline.shrink_student import cut

@@ -130,8 +130,8 @@ def forward_backward(training: Training, update: int) -> Sums:
             _refuse_unreadable(training)
         else:
             _require_gradients(training, sums)
-            if not _compares_micro_batches(training):
-                _leave_out_unreadable(training, sums, images)
+            if images < training.plan.step_images and not _compares_micro_batches(training):
+                _leave_out_unreadable(training, sums, training.plan.step_images / images)
             return sums
 
 
@@ -175,18 +175,14 @@ def _accumulate(training: Training, sums: Sums) -> None:
 
 def _compares_micro_batches(training: Training) -> bool:
     """Whether a loss compares all images of a step, and they are in several micro-batches."""
-    several = training.state.accumulation * training.accelerator.num_processes > 1
-    return several and bool(training.job.objective.over_batch)
+    state, over_batch = training.state, training.job.objective.over_batch
+    return bool(over_batch) and state.accumulation * training.accelerator.num_processes > 1
 
 
-def _leave_out_unreadable(training: Training, sums: Sums, images: int) -> None:
-    """Make sums over the step's batch means over the ``images`` of it that all processes could read."""
-    if images == training.plan.step_images:
-        return
-    factor = training.plan.step_images / images
-    for parameter in training.parameters.values():
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)
+def _leave_out_unreadable(training: Training, sums: Sums, factor: float) -> None:
+    """Make sums over the step's batch means over its readable images, of which there are 1 / ``factor`` of all."""
+    for gradient in (p.grad for p in training.parameters.values() if p.grad is not None):
+        gradient.mul_(factor)
     sums.losses = {name: value * factor for name, value in sums.losses.items()}
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from remap.data.image_files import Skipped, left_out
 from remap.data.sources import open_unlabeled, read_all
 from remap.data.views import View, ViewSource, listed
 from remap.distributed.launch import accelerator, require_one_process, use_bf16
@@ -103,7 +104,7 @@ def adapt(
     data = recipe.data.labeled_part().model_copy(update={"mixup": 0.0, "cutmix": 0.0, "views": None})
     settings = recipe.model_copy(update={"seed": seed, "train": spec, "data": data, "teachers": ()})
 
-    source = _opened(target, view, settings, progress)
+    source, skipped = _opened(target, view, settings, progress)
     judged = None
     if val_data is not None:
         labeled, _ = read_all(val_data, network.classes or (), recipe.data.depth)
@@ -132,7 +133,7 @@ def adapt(
             "train_images": len(source.split),
             "labeled_images": 0,
             "val_images": 0 if judged is None else len(judged.split),
-            "skipped": [list(item) for item in source.bad_names()],
+            "skipped": [list(item) for item in (*skipped, *source.bad_names())],
         },
         "student": {
             "model": network.identity.model,
@@ -155,20 +156,21 @@ def adapt(
     return summary
 
 
-def _opened(target: str, view: View, recipe: Recipe, progress: Progress) -> ViewSource:
-    """Return the readable images of the other domain, with room for their pseudo-labels."""
-    split, left_out = open_unlabeled(target)
+def _opened(target: str, view: View, recipe: Recipe, progress: Progress) -> tuple[ViewSource, Skipped]:
+    """Return the readable images of the other domain, with room for their pseudo-labels, and the files left out."""
+    split, others = open_unlabeled(target)
     source = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
     # Decoded before the first step, so that files that cannot be read are named and left out at once.
     source.load(progress, "images of the other domain")
-    if bad := source.bad_names():
+    bad = source.bad_names()
+    if bad:
         progress.say(f"left out {number_of(len(bad), 'image')} that cannot be read: {listed(bad)}")
     source = source.without_bad()
     if not len(source.split):
         raise DataError("no image of the other domain can be read", given=target, do="check the files")
-    if left_out:
-        progress.say(f"left out {number_of(len(left_out), 'other file')}")
-    return source
+    if others:
+        progress.say(left_out(others))
+    return source, (*others, *bad)
 
 
 def _write(

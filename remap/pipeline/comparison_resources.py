@@ -1,5 +1,6 @@
 """What the cells of a comparison share: data, views, teachers and their outputs, and how many cells run at once."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,9 @@ class Resources:
 
         return images_of(recipe, self.first)
 
+    def _begun(self, cell: Cell) -> bool:
+        return os.path.isfile(self._output / cell.name / "recipe.yaml")  # False also for names that no folder can have
+
     def with_possible_inits(self, cells: list[Cell], *, optional: bool) -> list[Cell]:
         """Return the cells whose students can start from the teacher's weights as named, before any is trained.
 
@@ -103,7 +107,7 @@ class Resources:
         impossible: set[str] = set()
         # One cell of each label: whether the weights fit depends on neither objective nor seed.
         for cell in {cell.label: cell for cell in cells if cell.recipe.student.init is not None}.values():
-            if (self._output / cell.name / "recipe.yaml").is_file():  # it was possible when it was begun
+            if self._begun(cell):  # it was possible when it was begun
                 continue
             from remap.pipeline.init_student import init_from_teacher
             from remap.runs.task import open_backbone
@@ -129,7 +133,7 @@ class Resources:
         for cell in {cell.label: cell for cell in cells}.values():
             spec = cell.recipe.student
             # One that was begun fits; one that is cut from the teacher is known once that is prepared.
-            if spec.shrink is not None or (self._output / cell.name / "recipe.yaml").is_file():
+            if spec.shrink is not None or self._begun(cell):
                 continue
             from remap.runs.task import open_backbone
             from remap.tuning.attaching import require_fit

@@ -16,7 +16,7 @@ def examine() -> dict[str, Any]:
     """Return checks with a state ("ok", "note", "bad"); ``ok`` is False when one is bad. Needs no network."""
     python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     checks = [_row("ok", "python", python), *_packages(), *_devices(), _precision(), *_kernels()]
-    checks += [_hub(), _token(), _disk(), _writable(), _mini()]
+    checks += [_hub(), _token(), _own_cache(), _disk(), _writable(), _mini()]
     return {"ok": all(check["state"] != "bad" for check in checks), "checks": checks}
 
 
@@ -89,6 +89,18 @@ def _token() -> dict[str, str]:
     from huggingface_hub import get_token
 
     return _row("ok", "hub token", "present" if get_token() else "none (needed for gated models only)")
+
+
+def _own_cache() -> dict[str, str]:
+    """Where teacher outputs and prepared teachers are cached; the folder is made by the first run that needs it."""
+    from remap.cache.cache_folders import cache_root
+
+    folder = cache_root()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "cannot be written" if there.is_dir() else "is not a folder"
+        return _row("note", "remap's cache", f"{folder}: {there} {why}; name another one in REMAP_CACHE")
+    return _row("ok", "remap's cache", f"{folder}, {shutil.disk_usage(there).free / 1e9:.1f} GB free on its disk")
 
 
 def _disk() -> dict[str, str]:

@@ -17,6 +17,7 @@ from remap.progress import Progress, Silent
 from remap.recipe import Recipe, resolve
 from remap.recipe.named import loss_words
 from remap.recipe.overrides import of_settings
+from remap.recipe.problems import checked
 from remap.recipe.schema import DataSpec
 from remap.runs.run_dir import RunDir, default_path
 from remap.runs.task import beside
@@ -122,6 +123,28 @@ def _require_fit(found: Situation, way: str, words: dict[str, Any]) -> None:
         raise RecipeError(problems, "extend")
 
 
+def data_of(data: str | DataSpec, settings: Iterable[str]) -> tuple[DataSpec, list[str]]:
+    """Return the section of the new images, with the fields of it that are set; and the other settings.
+
+    Which images and classes are new is known from these images before there is a recipe.
+
+    Raises:
+        RecipeError: A field or its value is wrong.
+    """
+    values = data.model_dump(exclude_unset=True) if isinstance(data, DataSpec) else {"source": data}
+    problems, others = list[str](), list[str]()
+    for setting in settings:
+        section, _, field = setting.partition("=")[0].strip().partition(".")
+        if section != "data" or not field or "." in field:
+            others.append(setting)
+            continue
+        for _, value in of_settings([setting], problems):
+            values[field] = value
+    if problems:
+        raise RecipeError(problems, "extend")
+    return checked(DataSpec, values, "extend"), others
+
+
 def _losses(way: str, own: list[dict[str, Any]], settings: Iterable[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the losses of a way, or those that ``--set losses=`` names with its options; and the other settings.
 
@@ -180,7 +203,8 @@ def extend(
     """
     if choose is not None and not memory:
         raise RecipeError(["--choose: there is no memory to choose images for (name its size with --memory)"], "extend")
-    found = situation(run, data if isinstance(data, DataSpec) else DataSpec(source=data))
+    spec, settings = data_of(data, settings)
+    found = situation(run, spec)
     way = how or _first_that_fits(found, memory=memory > 0)
     if how is None:
         progress.say(f"extending by {way}: {WAYS.get(way)}")

@@ -17,7 +17,7 @@ from remap.recipe.train_checks import train_problems
 from remap.registry import choices, unknown_names
 from remap.remapping import LOSSES
 from remap.remapping.weights import INITS
-from remap.tuning import METHODS, config_of, method_problems
+from remap.tuning import METHODS, config_of, method_problems, parts_of
 
 
 def name_problems(recipe: Recipe) -> list[str]:
@@ -70,7 +70,10 @@ def _loss_problems(recipe: Recipe) -> Iterator[str]:
         if loss.temperature_schedule is not None and loss.temperature_schedule.reaches_zero:
             yield f"losses[{index}].temperature_schedule: a temperature cannot be 0 (set start and end above 0)"
     for name in dict.fromkeys(loss.name for loss in recipe.losses if loss.is_idle(recipe.method.name)):
-        yield f"losses: {name} cannot teach {recipe.method.name}, which does not change what it compares (leave it out)"
+        method = recipe.method.name
+        enlarges = any(METHODS.row(part).enlarges for part in parts_of(method) if part in METHODS)
+        why = "enlarges the maps that it compares" if enlarges else "does not change what it compares"
+        yield f"losses: {name} cannot teach {method}, which {why} (leave it out)"
     on_classes = [loss.name for loss in counting if loss.teaches_classes]
     if counting and known and not on_classes and not recipe.label_free:
         yield (

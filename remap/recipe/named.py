@@ -187,7 +187,9 @@ def default_losses(
 
 
 def is_idle(loss: str, method: str, signal: str | None = None) -> bool:
-    """Whether a loss is about a signal that no part of the method can change; unknown names are not.
+    """Whether a loss is about a signal that no part of the method can change, or about maps that one enlarges.
+
+    Unknown names are not.
 
     Args:
         loss: Its name.
@@ -197,7 +199,8 @@ def is_idle(loss: str, method: str, signal: str | None = None) -> bool:
     parts = parts_of(method)
     if loss not in LOSSES or any(part not in METHODS for part in parts):
         return False
-    return all((signal or LOSSES.row(loss).signal) in METHODS.row(part).unchanged for part in parts)
+    rows, signal = [METHODS.row(part) for part in parts], signal or LOSSES.row(loss).signal
+    return all(signal in row.unchanged for row in rows) or (signal == "tokens" and any(row.enlarges for row in rows))
 
 
 def without_later(model: BaseModel, *exclude: str) -> dict[str, Any]:

@@ -201,8 +201,7 @@ class RunRecords:
         records: list[dict[str, Any]] = []
         try:
             for line in read_regular(path, MOST_JSON_BYTES).splitlines():
-                record = parse_json(line)
-                if not isinstance(record, dict) or not all(map(is_number, record.values())):
+                if not isinstance(record := parse_json(line), dict) or not all(map(is_number, record.values())):
                     raise ValueError("it is not an object of numbers")
                 records.append(record)
         except (OSError, ValueError) as error:

@@ -223,6 +223,10 @@ def _again(folder: Path) -> str:
     return f"{copy}, or write it from the last checkpoint of its run: {run.resume_command()}"
 
 
+# Options of methods that are whole numbers and size no tensor, and the largest of them: what PyTorch takes for a seed.
+_NO_SIZES, _LARGEST = ("seed", "alpha", "interval"), 2**63 - 1
+
+
 def require_sizes(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor]) -> None:
     """Bound what is built by the file's tensors: a few bytes cannot ask for a million classes or a huge rank."""
     sizes = {size for tensor in tensors.values() for size in tensor.shape}
@@ -235,7 +239,8 @@ def require_sizes(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor]) -> N
         given = f"{plain(unfit)[:200]} of {tensors[unfit].ndim} dimensions"
         raise RunError(f"{folder} holds a tensor that cannot be a parameter", given=given)
     largest = max(FREE_SIZE, *sizes)
-    strange = [number for number in _numbers(meta.method.options) if abs(number) > largest]
+    numbers = _numbers(meta.method.options)
+    strange = [number for number, sizes in numbers if abs(number) > (largest if sizes else _LARGEST)]
     if strange:
         raise RunError(
             f"{folder / 'task.json'} has options that the tensors beside it do not fit",
@@ -243,12 +248,14 @@ def require_sizes(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor]) -> N
         )
 
 
-def _numbers(value: Any) -> list[int]:
-    if isinstance(value, (list, dict)):
-        return [
-            number for inner in (value.values() if isinstance(value, dict) else value) for number in _numbers(inner)
-        ]
-    return [value] if isinstance(value, int) else []
+def _numbers(value: Any, sizes: bool = True) -> list[tuple[int, bool]]:
+    """Return the whole numbers among options of all levels, and whether each may size a tensor."""
+    if isinstance(value, dict):
+        named = ((inner, name not in _NO_SIZES) for name, inner in value.items())
+        return [number for inner, sizes in named for number in _numbers(inner, sizes)]
+    if isinstance(value, list):
+        return [number for inner in value for number in _numbers(inner, sizes)]
+    return [(value, sizes)] if isinstance(value, int) else []
 
 
 def require_finite(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -37,6 +37,7 @@ class MethodEntry(Entry):
         unchanged: Signals of the student it cannot change ("attention", "tokens", "pooled"): losses on them are idle.
         alone: Cannot be combined with another method (``a+b``).
         adds_tokens: Adds tokens to the sequence; one method of a combination may.
+        enlarges: Enlarges the image, so that maps of the student have other places than the teacher's.
         two_classifiers: Gives losses on labels and losses on the teacher's logits a classifier each.
         of_images: Reads images or acts on their classifier, so that it fits no text tower.
         of_classes: Has tensors of each class besides the classifier, so that a run of it cannot learn more classes.
@@ -52,6 +53,7 @@ class MethodEntry(Entry):
     unchanged: frozenset[str] = frozenset()
     alone: bool = False
     adds_tokens: bool = False
+    enlarges: bool = False
     two_classifiers: bool = False
     of_images: bool = False
     of_classes: bool = False

@@ -119,6 +119,21 @@ def test_the_command_can_be_typed_again(
     assert (run.path / "command.txt").read_text() == line + "\n"
 
 
+def test_doctor_shows_where_outputs_are_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its folder is not made by looking; one that cannot be made is said with what to do."""
+    (tmp_path / "file").write_text("")
+    found = {}
+    for name in ("new", "file"):
+        monkeypatch.setenv("REMAP_CACHE", str(tmp_path / name))
+        (found[name],) = (row for row in doctor.examine()["checks"] if row["what"] == "remap's cache")
+    assert found["new"]["state"] == "ok" and str(tmp_path / "new") in found["new"]["found"]
+    assert (
+        found["file"]["state"] == "note"
+        and "is not a folder; name another one in REMAP_CACHE" in found["file"]["found"]
+    )
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,18 @@ def source_run(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def files_of(folder: Path) -> dict[str, str]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_files_that_are_left_out_are_listed(source_run: Path, camera: Path, tmp_path: Path, watch: Any) -> None:
+    """As in a run: those that cannot be read, and those of other kinds, with the reason."""
+    target, progress = tmp_path / "target", watch(lambda step: None)
+    shutil.copytree(camera, target)
+    (target / "bad.png").write_bytes(b"no image")
+    (target / "notes.txt").write_text("of the day")
+    found = adapt(source_run, str(target), epochs=1, output=tmp_path / "run", progress=progress)
+    skipped = {name: reason for name, reason in found["data"]["skipped"]}
+    assert skipped == {"target/notes.txt": ".txt files are not read", "target/bad.png": "not an image"}
+    assert any(".txt files are not read" in line for line in progress.said)
 
 
 def test_losses_between_domains_train_with_and_without_a_teacher(tiny: Any, camera: Path, tmp_path: Path) -> None:

@@ -272,6 +272,24 @@ def test_mistakes_are_named(first: Path, red: DataSpec, tiny: Any) -> None:
         tiny.recipe("train.align=true")
 
 
+def test_settings_of_the_images_count_before_the_classes_are_known(first: Path, tiny: Any, tmp_path: Path) -> None:
+    """As `--only` and `--val-data` do: the new class is that of `data.only`, of folders as deep as `data.depth`."""
+    settings = [*SMALL["ranpac"], "data.only=red"]
+    run = extend(first, tiny.data, how="ranpac", settings=settings, output=tmp_path / "run").run_dir
+    assert load_task(run)[0].classes == ("blue", "green", "red")
+    for split in ("train", "val"):
+        for image in (Path(tiny.data) / split / "red").iterdir():
+            for group in ("ant", "bee"):
+                deeper = tmp_path / "deep" / split / group / "inner" / image.name
+                deeper.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(image, deeper)
+    settings[-1] = "data.depth=2"
+    run = extend(first, str(tmp_path / "deep"), how="ranpac", settings=settings, output=tmp_path / "deeper").run_dir
+    assert load_task(run)[0].classes == ("blue", "green", "ant/inner", "bee/inner")
+    with pytest.raises(RecipeError, match="dpth: unknown key; did you mean 'depth'"):
+        extend(first, tiny.data, settings=["data.dpth=2"])
+
+
 def test_a_new_look_of_the_same_classes_has_a_forward_transfer(first: Path, tiny: Any, tmp_path: Path) -> None:
     found = extend(first, DataSpec(source=tiny.data, only=("blue", "green")), output=tmp_path / "look").summary
     matrix = found["sessions"]["accuracy"]

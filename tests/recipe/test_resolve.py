@@ -156,6 +156,14 @@ def test_a_value_of_several_kinds_is_one_line(loss: str, setting: str, says: str
     assert line.startswith(says)
 
 
+def test_losses_on_maps_that_a_method_enlarges_are_refused() -> None:
+    """Places of the student's map and of the teacher's are then others; of the defaults they are left out."""
+    (line,) = problems(words={"teacher": "a", "method": "vpt_pad+lora", "losses": "ce,kd,tokens"})
+    assert line.startswith("losses: tokens cannot teach vpt_pad+lora, which enlarges the maps that it compares")
+    free = resolve(words={"teacher": "a", "method": "vpt_pad", "data": {"source": None, "unlabeled": "photos"}})
+    assert [loss.name for loss in free.losses] == ["feature"]
+
+
 def test_a_section_is_not_shown_as_python_writes_it() -> None:
     """What is wrong with it is named already."""
     (line,) = problems(words={"teacher": "a", "student": "shrink(teacher"})

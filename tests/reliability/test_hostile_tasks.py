@@ -193,6 +193,7 @@ META: dict[str, tuple[dict[str, Any], str]] = {
     "a dotted method": ({"method": {"name": "os.mkdir"}}, "unknown method"),
     "a target": ({"method": {"name": "lora", "_target_": "os.mkdir"}}, "options that lora does not take"),
     "a huge rank": ({"method": {"name": "lora", "rank": 10**9}}, "options that the tensors beside it do not fit"),
+    "an endless seed": ({"method": {"name": "vera", "seed": 10**400}}, "options that the tensors beside it do not fit"),
     "an endless rank": ({"method": {"name": "lora", "rank": 10**400}}, "options that the tensors beside it do not fit"),
     "a huge number of prompts": ({"method": {"name": "vpt_deep", "num_prompts": 10**9}}, "do not fit"),
     "a negative rank": ({"method": {"name": "lora", "rank": -1}}, "options that lora does not take"),

@@ -69,6 +69,12 @@ def test_a_task_reloads_to_the_same_logits(run_of: Callable[..., Result], method
     assert network.num_trainable == result.student.num_trainable
 
 
+def test_a_seed_is_no_size(run_of: Callable[..., Result]) -> None:
+    """Options that size tensors are bounded by the tensors beside them; a seed of any height is one."""
+    result = run_of("vera", "method.seed=2147483647")
+    assert torch.equal(_logits(load_task(result.run_dir)[0]), _logits(result.student))
+
+
 @pytest.mark.parametrize("method", ["linear", "vpt_shallow", "vpt_deep", "adaptformer", "bitfit"])
 def test_a_task_holds_what_was_trained_and_nothing_else(run_of: Callable[..., Result], method: str) -> None:
     """Expected size: four bytes a trained number, plus names (the bound a survey of adapters' users asks for)."""

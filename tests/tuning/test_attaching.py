@@ -91,7 +91,7 @@ def _merges_if_its_parts_do(base: nn.Module, together: Attached, images: torch.T
     [
         # Each method in front of and behind one of each kind: how two changes of a layer meet depends on their kinds.
         *(("plain", first, MERGEABLE if first in KINDS else KINDS) for first in MERGEABLE),
-        *((variant, first, KINDS) for variant in ("eva02", "swin", "convnext") for first in KINDS),
+        *((variant, first, KINDS) for variant in ("eva02", "swin", "convnext", "efficientnet") for first in KINDS),
     ],
 )
 def test_every_ordered_pair_merges_or_is_refused(
@@ -99,7 +99,7 @@ def test_every_ordered_pair_merges_or_is_refused(
 ) -> None:
     """The merged weights in a model without hooks against the forward with hooks, in float64."""
     images = tools.images().double()
-    start = build(variant, depth=1)
+    start = build(variant, depth=None if variant == "efficientnet" else 1)
     parts = anatomy_of(start).parts
     seconds = [second for second in seconds if second != first and METHODS.row(second).fits(parts)]
     base = copy.deepcopy(start).double()
@@ -126,10 +126,15 @@ def test_every_ordered_pair_merges_or_is_refused(
 @pytest.mark.parametrize("place", ["parallel", "series"])
 @pytest.mark.parametrize("other", ["ssf", "gps", "norm"])
 @pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("variant", ["convnext", "resnet", "efficientnet"])
 def test_adapters_of_convolutions_merge_with_what_changes_the_same_convolution(
-    build: Build, tools: SimpleNamespace, place: str, other: str, last: bool
+    build: Build, tools: SimpleNamespace, place: str, other: str, last: bool, variant: str
 ) -> None:
-    base, model = build("convnext").double(), build("convnext").double()
+    base, model = build(variant).double(), build(variant).double()
+    for one in (base, model):  # the statistics of a new norm change nothing
+        for module in filter(lambda module: isinstance(module, nn.BatchNorm2d), one.modules()):
+            module.running_mean.copy_(torch.linspace(-0.5, 0.5, len(module.running_mean)))
+            module.running_var.copy_(torch.linspace(0.5, 2.0, len(module.running_var)))
     name = f"{other}+residual_adapter" if last else f"residual_adapter+{other}"
     attached = attach_method(model, anatomy_of(model), name, {"residual_adapter": {"place": place}})
     tools.shake(attached, 0.1)

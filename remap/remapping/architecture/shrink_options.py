@@ -77,14 +77,14 @@ class ShrinkSpec(BaseModel):
     def idle_problems(self, given: Iterable[str] | None = None) -> list[str]:
         """Return a line for each option that chooses nothing, of those ``given`` or of those not at their default.
 
-        Among those given may be a seed, which draws the images.
+        Among those given may be a seed, which draws the images, and their source, ``data``.
         """
         fields = type(self).model_fields
         named = [name for name in fields if getattr(self, name) != fields[name].default] if given is None else given
         why = {
             "importance": "" if self._cuts_inside else "only blocks are removed",
             "blocks": "no block is removed" if self.depth is None else "",
-            **dict.fromkeys(("images", "seed"), "" if self.needs_images else "nothing is measured on images"),
+            **dict.fromkeys(("images", "seed", "data"), "" if self.needs_images else "nothing is measured on images"),
         }
         return [f"{name}: chooses nothing, since {why[name]} (leave it out)" for name in named if why.get(name)]
 

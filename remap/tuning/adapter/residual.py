@@ -138,6 +138,9 @@ class Series(nn.Module):
             bias.copy_(bias.double() + mixed(bias) + shift_o)
         else:
             assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+            # The scale of ssf acts on the sum: it is folded into the layer's weight later, and not into this shift.
+            scale = getattr(layer, "remap_ssf", None)
+            shift_o = shift_o if scale is None else shift_o * scale.gamma
             norm.running_mean.copy_(norm.running_mean.double() - shift_o)
 
 

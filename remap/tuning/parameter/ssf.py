@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, ConvBlock, module_at
@@ -15,6 +16,8 @@ from remap.backbones.families.stages import StageBlock
 from remap.tuning.base import Attachment, Edits, Fold, Method
 from remap.tuning.layers import by_layer
 from remap.tuning.weights import channels_first, own_bias, recompute_at, registered, registered_at
+
+_STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
 class SSF(Method):
@@ -124,12 +127,16 @@ def _scaled_layers(model: nn.Module, anatomy: Anatomy) -> Iterator[_ScaledLayer]
 
 
 def _stage_layers(model: nn.Module, block: StageBlock) -> Iterator[_ScaledLayer]:
-    """Yield the layers of a stage. Their tensors are changed, because some norms end in an activation."""
-    layers = [*(site.conv for site in block.convs), *block.norms, *(p.path for p in block.projections.values())]
+    """Yield the layers of a stage. Tensors of norms are changed, because some norms end in an activation."""
+    called = [*(site.conv for site in block.convs), *(p.path for p in block.projections.values() if p.called)]
+    layers = [*called, *block.norms, *(p.path for p in block.projections.values())]
     for path in dict.fromkeys(layers):
         module = module_at(model, path)
         if module._parameters.get("weight") is not None:
-            yield replace(_called(model, path), read_past=True)
+            # Behind the layer, as elsewhere: what other methods add to its output is scaled, too. A convolution that
+            # standardises its weight (StdConv2d) would undo a scale that is folded into that.
+            outside = path in called and not isinstance(module, _STANDARDISED)
+            yield replace(_called(model, path), read_past=not outside)
 
 
 def _called(model: nn.Module, layer: str, *, is_norm: bool = False) -> _ScaledLayer:

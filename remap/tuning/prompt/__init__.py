@@ -58,6 +58,7 @@ ROWS = [
         vit_base=None,
         lr=1e-2,
         needs=frozenset({"convolutions"}),
+        enlarges=True,
     ),
     _row(
         name="vp",

@@ -133,11 +133,15 @@ class Pruning(TrainingHooks):
 
     def __init__(self, prompts: PrunedPrompts, parameters: Mapping[str, nn.Parameter], config: E2VPT.Config) -> None:
         self.prompts, self.parameters, self.config = prompts, dict(parameters), config
-        self._first = {name: p.detach().clone() for name, p in parameters.items()}
-        # The optimiser has moved the prompts by the time the gradient is looked at.
-        self._before = prompts.prompts.detach().clone()
+        self.start_session()
         self._segment_score = torch.zeros_like(prompts.segment_mask)
         self._token_score = torch.zeros_like(prompts.token_mask)
+
+    def start_session(self) -> None:
+        """Rewind to what the parameters are now: as they were drawn, or what the run that is extended has learned."""
+        self._first = {name: p.detach().clone() for name, p in self.parameters.items()}
+        # The optimiser has moved the prompts by the time the gradient is looked at.
+        self._before = self.prompts.prompts.detach().clone()
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:

@@ -129,7 +129,9 @@ class SelfRegulation(BesideFrozen):
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:
         parts = self.config.epochs
-        weights = [math.exp(-0.5 * ((part - self.config.mean) / self.config.std) ** 2) for part in range(1, parts + 1)]
+        powers = [-0.5 * ((part - self.config.mean) / self.config.std) ** 2 for part in range(1, parts + 1)]
+        # Relative to the largest one, which far from the mean would become 0 as well.
+        weights = [math.exp(power - max(powers)) for power in powers]
         share = sum(weights[step * parts // total : (step + 1) * parts // total]) / sum(weights)
         for name, parameter in self._trained().items():
             if share:

@@ -180,6 +180,20 @@ def test_pruning_is_the_same_when_training_was_interrupted(
     assert (found["remap_prompts.token_mask"] == 0).sum() == 2
 
 
+def test_pruning_rewinds_to_what_the_run_before_has_learned(
+    build: Build, attach: Attach, tools: SimpleNamespace
+) -> None:
+    """As `extend` does: attach, take over what was learned, begin the session. Without, all of it would be lost."""
+    attached = attach("e2vpt", build("plain"), seed=99, **PRUNING)
+    learned = {name: value + 0.25 for name, value in attached.state().items() if "mask" not in name}
+    attached.load({**attached.state(), **learned})
+    attached.start_session()
+    train(attached, tools, range(3), 6)
+    state = attached.state()
+    assert (state["remap_prompts.token_mask"] == 0).sum() == 2
+    assert all(torch.equal(state[name], value) for name, value in learned.items())
+
+
 def test_pruning_follows_a_model_that_is_converted_after_attaching(
     build: Build, attach: Attach, tools: SimpleNamespace
 ) -> None:

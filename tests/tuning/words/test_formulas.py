@@ -268,6 +268,17 @@ def test_prompts_of_promptsrc_are_averaged(tune: Tune, total: int) -> None:
     assert context.mean().item() == pytest.approx(expected / divisor, rel=1e-5)
 
 
+def test_an_average_of_promptsrc_far_from_its_mean_is_that_of_the_nearest_part(tune: Tune) -> None:
+    # exp(-0.5 ((i - 15) / 0.25)^2) is 0 in float64 for i from 1 to 5; of all weights the fifth is by far the largest.
+    network = tune("promptsrc", num_context=3, depth=2, mean=15.0, std=0.25, epochs=5)
+    context = network.model.remap_words.context
+    for step in range(10):
+        with torch.no_grad():
+            context.fill_(float(step))
+        network.attached.after_step(step, 10)
+    assert context.mean().item() == 9.0
+
+
 def test_mmrl(plain: nn.Module, tune: Tune, images: Tensor) -> None:
     # Source: both classifiers' cross-entropies and 1 - cosines of equations 11 to 14, towers written out.
     network = tune("mmrl", first=2, num_tokens=3, width=8, strength=0.4, share=0.6)
