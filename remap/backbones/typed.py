@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, cast
 
+from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
@@ -33,6 +34,11 @@ class TimmModel(Protocol):
 def as_timm(model: nn.Module) -> TimmModel:
     """Return the same model, typed by timm's public interface."""
     return cast(TimmModel, model)
+
+
+def standardises_weight(module: nn.Module) -> bool:
+    """Whether a layer brings its weight's rows to mean 0 and variance 1: a scale folded into them would be lost."""
+    return isinstance(module, StdConv2d | StdConv2dSame | ScaledStdConv2d | ScaledStdConv2dSame)
 
 
 @contextmanager

@@ -8,16 +8,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, ConvBlock, module_at
 from remap.backbones.families.stages import StageBlock
+from remap.backbones.typed import standardises_weight
 from remap.tuning.base import Attachment, Edits, Fold, Method
 from remap.tuning.layers import by_layer
 from remap.tuning.weights import channels_first, own_bias, recompute_at, registered, registered_at
-
-_STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
 class SSF(Method):
@@ -135,7 +133,7 @@ def _stage_layers(model: nn.Module, block: StageBlock) -> Iterator[_ScaledLayer]
         if module._parameters.get("weight") is not None:
             # Behind the layer, as elsewhere: what other methods add to its output is scaled, too. A convolution that
             # standardises its weight (StdConv2d) would undo a scale that is folded into that.
-            outside = path in called and not isinstance(module, _STANDARDISED)
+            outside = path in called and not standardises_weight(module)
             yield replace(_called(model, path), read_past=not outside)
 
 
