@@ -20,8 +20,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from search_objective import NAMES_OF_SETS, claims, make_sets
+from search_objective import NAMES_OF_SETS, claims, search
 from when_a_teacher_pays import VIEWS, Bench
 
 METHODS = ("lora", "vpt_deep", "bitfit", "full")
@@ -80,26 +79,9 @@ def table(results: Path, seeds: int) -> None:
         print(f"- {variant}: {statistics.mean(values):+.2f} over {len(values)}, worst {min(values):+.1f}")
 
 
-def main() -> None:
-    """Run what is missing, then print the table."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--sets", type=Path, required=True)
-    words.add_argument("--results", type=Path, required=True)
-    words.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    words.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    words.add_argument("--names", nargs="+", default=list(NAMES_OF_SETS), choices=list(NAMES_OF_SETS))
-    words.add_argument("--seeds", type=int, default=1)
-    words.add_argument("--table", action="store_true")
-    options = words.parse_args()
-    torch.set_num_threads(1)
-    (options.results / "runs").mkdir(parents=True, exist_ok=True)
-    if not options.table:
-        make_sets(options.sets, options.results / "sets")
-        every = itertools.product(range(1, options.seeds + 1), options.methods, options.variants, options.names)
-        for seed, method, variant, name in every:
-            run(name, method, variant, seed, options.results)
-    table(options.results, options.seeds)
-
-
 if __name__ == "__main__":
-    main()
+
+    def cell(name: str, method: str, variant: str, seed: int, options: argparse.Namespace) -> None:
+        run(name, method, variant, seed, options.results)
+
+    search(__doc__, "variants", VARIANTS, METHODS, cell, table)

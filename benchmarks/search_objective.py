@@ -23,7 +23,7 @@ import statistics
 import tarfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -223,13 +223,25 @@ def table(results: Path, seeds: int) -> None:
         print(f"- {objective}, `{method}`: {statistics.mean(values):+.2f} over {len(values)}, worst {min(values):+.1f}")
 
 
-def main() -> None:
-    """Run what is missing, then print the table."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def search(
+    doc: str | None,
+    column: str,
+    choices: Sequence[str],
+    methods: Sequence[str],
+    run_cell: Callable[[str, str, str, int, argparse.Namespace], None],
+    show: Callable[[Path, int], None],
+) -> None:
+    """Run what is missing of a search, set by set within each choice, then show its table.
+
+    Args:
+        column: What is compared, as the option is called: "objectives".
+        run_cell: Runs a cell of set, method, choice and seed.
+    """
+    words = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--sets", type=Path, required=True)
     words.add_argument("--results", type=Path, required=True)
-    words.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
-    words.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    words.add_argument(f"--{column}", nargs="+", default=list(choices), choices=list(choices), dest="chosen")
+    words.add_argument("--methods", nargs="+", default=list(methods), choices=list(methods))
     words.add_argument("--names", nargs="+", default=list(NAMES_OF_SETS), choices=list(NAMES_OF_SETS))
     words.add_argument("--seeds", type=int, default=1)
     words.add_argument("--table", action="store_true")
@@ -238,11 +250,15 @@ def main() -> None:
     (options.results / "runs").mkdir(parents=True, exist_ok=True)
     if not options.table:
         make_sets(options.sets, options.results / "sets")
-        every = itertools.product(range(1, options.seeds + 1), options.methods, options.objectives, options.names)
-        for seed, method, objective, name in every:
-            run(name, method, objective, seed, options.sets, options.results)
-    table(options.results, options.seeds)
+        every = itertools.product(range(1, options.seeds + 1), options.methods, options.chosen, options.names)
+        for seed, method, choice, name in every:
+            run_cell(name, method, choice, seed, options)
+    show(options.results, options.seeds)
 
 
 if __name__ == "__main__":
-    main()
+
+    def cell(name: str, method: str, objective: str, seed: int, options: argparse.Namespace) -> None:
+        run(name, method, objective, seed, options.sets, options.results)
+
+    search(__doc__, "objectives", list(OBJECTIVES), METHODS, cell, table)

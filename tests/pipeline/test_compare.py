@@ -101,7 +101,7 @@ def test_finished_runs_that_the_table_does_not_hold_are_named(
 def test_no_cell_is_trained_on_images_that_have_changed_meanwhile(
     tiny: Any, tmp_path: Path, watch: Callable[..., Any]
 ) -> None:
-    """At the same path. The finished comparison is shown all the same; with the old images back, methods are added."""
+    """At the same path. The finished comparison is still shown; once the images are restored, methods are added."""
     shutil.copytree(tiny.data, tmp_path / "data")
     changed, folder = tmp_path / "data/val/red/00.png", tmp_path / "compare"
 
