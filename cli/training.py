@@ -107,14 +107,11 @@ def require_one_length(values: dict[str, Any], budget: str | None) -> None:
     Raises:
         RecipeError: Names both.
     """
-    from remap.errors import RecipeError
+    from remap.pipeline.comparison_budget import require_no_epochs
 
-    kind = (budget or "").partition("=")[0].strip()
-    keys = [setting.partition("=")[0].strip() for setting in values["settings"] or []]
-    given = ["--epochs"] * (values["epochs"] is not None) + ["--set train.epochs"] * ("train.epochs" in keys)
-    if kind in ("epochs", "minutes") and given:
-        do = "leave out the one that you do not mean" if values["budget"] else "name another budget: --budget epochs=N"
-        raise RecipeError([f"{given[0]}: the epochs follow from the budget {budget}"], "command line", do=do)
+    given = {"--epochs": values["epochs"] is not None, "--set train.epochs": values["settings"] or ()}
+    # A suite has a budget of its own, which the command line may replace.
+    require_no_epochs(given, budget, None if values["budget"] else "name another budget: --budget epochs=N")
 
 
 def read_recipe(values: dict[str, Any], *, with_teacher: bool) -> "Recipe":

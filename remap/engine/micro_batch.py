@@ -1,6 +1,7 @@
 """What one micro-batch gives to the networks and losses: pixels, teachers' items, labels, frozen features."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from remap.data.batches import Batch
 from remap.distributed.device_memory import to_device
 from remap.engine.training import Training
+from remap.errors import TrainingError
+from remap.io.human_size import number_of
 from remap.remapping.labels import Labels
 from remap.remapping.signals import Signals
 
@@ -56,10 +59,40 @@ def inputs_of(training: Training, batch: Batch, bad_targets: list[Tensor]) -> In
     return Inputs(images, targets, labels, to_device(batch.keys_B, device), features)
 
 
+def losses_of(training: Training, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the student on a micro-batch; return the mean loss and each of its terms."""
+    with _student_pass(training, inputs):
+        return training.module(inputs.images_BCHW, inputs.targets, inputs.labels, inputs.features)
+
+
 def run_student(training: Training, inputs: Inputs) -> Signals:
-    """Run the student on a micro-batch; its dropout is a function of the image."""
+    """Run the student alone on a micro-batch."""
+    with _student_pass(training, inputs):
+        return training.module.runner(inputs.images_BCHW, inputs.features)
+
+
+@contextmanager
+def _student_pass(training: Training, inputs: Inputs) -> Iterator[None]:
+    """Make the student's dropout a function of the image, and name what a lone image cannot give.
+
+    Raises:
+        TrainingError: The student has batch norms on maps of one pixel, and one image is in the pass.
+    """
     training.job.student.attached.set_sample_keys(inputs.keys_B)
-    return training.module.runner(inputs.images_BCHW, inputs.features)
+    try:
+        yield
+    except ValueError as error:  # of PyTorch's batch norm, which knows the size of its map
+        if len(inputs.images_BCHW) > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        spec, processes = training.spec, training.accelerator.num_processes
+        parts = f", accumulation {training.state.accumulation}, {number_of(processes, 'process')}"
+        raise TrainingError(
+            "a batch norm of the student has one number of a channel, and so no variance: one image in a pass, on a"
+            " map of one pixel",
+            given=f"batch size {spec.batch_size}{parts}",
+            do="give each pass more images (train.batch_size, train.accumulation), or take larger ones"
+            " (student.image_size)",
+        ) from error
 
 
 def _labels(batch: Batch, known: float, weights_C: Tensor | None, device: torch.device) -> Labels:

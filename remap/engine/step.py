@@ -12,7 +12,7 @@ from remap.data.batches import Batch, batches
 from remap.data.views import ViewSource
 from remap.distributed.collectives import all_reduce_counts, all_reduce_sum, gather_rows
 from remap.distributed.device_memory import is_out_of_memory
-from remap.engine.micro_batch import inputs_of
+from remap.engine.micro_batch import inputs_of, losses_of
 from remap.engine.out_of_memory import halve_micro_batches, refuse_sharded
 from remap.engine.training import Training
 from remap.engine.whole_batch import forward_backward_whole
@@ -188,9 +188,7 @@ def _leave_out_unreadable(training: Training, sums: Sums, factor: float) -> None
 
 def _forward(training: Training, batch: Batch, bad_targets: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Run teachers and student on one micro-batch; return the mean loss and each of its terms."""
-    inputs = inputs_of(training, batch, bad_targets)
-    training.job.student.attached.set_sample_keys(inputs.keys_B)  # dropout is a function of the image
-    return training.module(inputs.images_BCHW, inputs.targets, inputs.labels, inputs.features)
+    return losses_of(training, inputs_of(training, batch, bad_targets))
 
 
 def _accumulate_whole(training: Training, batches: list[Batch], sums: Sums) -> None:

@@ -42,7 +42,14 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
     # As ``start`` does it, or the run would ask for other outputs.
     recipe = without_idle_losses(recipe, progress).written_out()
     with watch_signals(), prepared_components(recipe, progress, shared) as components:
+        components.recipe = _with_all_views(recipe)
         return store_outputs(components, progress)
+
+
+def _with_all_views(recipe: Recipe) -> Recipe:
+    """Return the recipe with epochs enough for all its views: runs of more epochs look for them too."""
+    epochs = max(recipe.train.epochs, recipe.data.finite_views)
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": epochs})})
 
 
 @contextmanager

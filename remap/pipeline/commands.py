@@ -8,6 +8,7 @@ from remap.engine.callback import Callback
 from remap.errors import RecipeError
 from remap.io.paths import expanded
 from remap.pipeline import compare as comparison
+from remap.pipeline.comparison_budget import require_no_epochs
 from remap.pipeline.comparison_cells import DEFAULT_SEEDS, chosen_methods
 from remap.pipeline.comparison_plan import RANKED, Plan
 from remap.pipeline.evaluate_run import evaluate_run
@@ -108,7 +109,7 @@ def compare(
     Raises:
         RemapError: Anything a user can mend.
     """
-    chosen, checked = chosen_methods(_words(methods)), as_recipe(recipe, settings)
+    chosen, checked = chosen_methods(_words(methods)), _of_budget(recipe, settings, budget)
     # A recipe without a teacher is valid, for ``tune``.
     if checked.teacher is None:
         raise RecipeError(["teacher: missing; a comparison has one"], checked.name)
@@ -143,11 +144,19 @@ def recommend(
     Raises:
         RemapError: Anything a user can mend.
     """
-    checked = as_recipe(recipe, settings)
+    checked = _of_budget(recipe, settings, budget)
     # Without a number, as in ``compare``.
     folder = expanded(output or default_path() / f"recommend-{checked.name}")
     words = _words(methods)
     return rank(checked, RANKED if words is None else chosen_methods(words), folder, progress, budget)
+
+
+def _of_budget(recipe: Recipe | str | Mapping[str, Any], settings: Iterable[str], budget: str | None) -> Recipe:
+    """Return a recipe whose epochs the caller may not have given beside a budget that decides them."""
+    settings = tuple(settings)
+    epochs = isinstance(recipe, Mapping) and recipe.get("epochs") is not None
+    require_no_epochs({"epochs": epochs, "settings train.epochs": settings}, budget)
+    return as_recipe(recipe, settings)
 
 
 def _words(methods: str | Sequence[str] | None) -> str | None:

@@ -1,7 +1,7 @@
 """The budget of a comparison, the same for every cell: epochs, minutes of training, or trained parameters."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +57,27 @@ def read_budget(text: str | None) -> tuple[str, float] | None:
         allowed = "epochs=12, minutes=10 or parameters=50000"
         raise RecipeError([f"--budget {text}: not a budget (allowed: {allowed})"], "command line") from None
     return kind.strip(), found
+
+
+def require_no_epochs(given: Mapping[str, bool | Iterable[str]], budget: str | None, do: str | None = None) -> None:
+    """Refuse epochs beside a budget that decides them, which would ignore them.
+
+    Args:
+        given: What would set the epochs, by its name: whether it does, or the settings (``KEY=VALUE``) to look at.
+        budget: As ``read_budget`` reads it.
+        do: What the message advises; None is to leave one of the two out.
+
+    Raises:
+        RecipeError: Names both.
+    """
+    kind = (budget or "").partition("=")[0].strip()
+    if kind not in ("epochs", "minutes"):
+        return
+    for name, how in given.items():
+        keys = ("train.epochs",) if how is True else (one.partition("=")[0].strip() for one in how or ())
+        if "train.epochs" in keys:
+            problem = f"{name}: the epochs follow from the budget {budget}"
+            raise RecipeError([problem], "command line", do=do or "leave out the one that you do not mean")
 
 
 def with_epochs(recipe: Recipe, epochs: int) -> Recipe:

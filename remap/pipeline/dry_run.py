@@ -122,7 +122,7 @@ def _terms(components: RunComponents, profile: StepProfile, storages: dict[int, 
     """Return what each term costs by itself: seconds and bytes of a step, bytes of its cached outputs."""
     # A step takes the time of all its passes, and the memory of one.
     rows, step, one_pass = [], components.process_images, components.pass_images
-    views = len(components.training_source.split) * components.recipe.data.finite_views
+    views = len(components.training_source.split) * components.recipe.finite_views
     for name, term in components.objective.terms.items():
         assert isinstance(term, LossTerm)
         cost = profile.terms[name]

@@ -135,7 +135,7 @@ def run_cost(
     once = (
         sum(profile.teacher_seconds[number] for number in cached)
         * len(training_source.split)
-        * recipe.data.finite_views
+        * recipe.finite_views
     )
     once += profile.forward_seconds * len(training_source.split) / processes if fits else 0.0
     once += profile.stem_seconds * (len(training_source.split) + len(val.split))

@@ -66,7 +66,7 @@ def teachers_in_training(components: RunComponents, shared: SharedResources, pro
             _cache_in_memory(components, teacher, prepared, storage, shared, progress)
         elif storage.where == "disk":
             store_on_disk(components, teacher, prepared, storage.shapes, progress)
-        elif components.recipe.data.finite_views and prepared.spec.cache == "auto" and not prepared.spec.learns:
+        elif components.recipe.finite_views and prepared.spec.cache == "auto" and not prepared.spec.learns:
             progress.say(
                 "the teacher runs in every step: its outputs fit neither in memory (data.memory_gib) nor on the disk"
             )
@@ -91,7 +91,7 @@ def choose_storage(components: RunComponents, prepared: PreparedTeacher, teacher
     if changing is not None or spec.cache == "off":
         return OutputStorage("each step", 0, {})
     shapes = teacher.shapes(components.views.view.shape)
-    count = len(components.training_source.split) * data.finite_views
+    count = len(components.training_source.split) * components.recipe.finite_views
     # Items are float32 in memory, in the dtype of the recipe on disk.
     in_memory = count * sum(4 * torch.Size(shape).numel() for shape in shapes.values())
     items = items_on_disk(spec, shapes, bf16=components.bf16)
@@ -162,7 +162,9 @@ def _cache_in_memory(
     seed = recipe.seed if recipe.data.augment != "none" else None  # fixed views are the same for every seed
     batch, in_pass = components.process_images, components.pass_images
     # The size of a pass is part of the key: it may decide the last bits.
-    key: tuple = (prepared.fingerprint, source, components.views.view, names, seed, components.bf16, in_pass)
+    # So is the number of views, which goes by the epochs: cells of a comparison may differ in them.
+    by_size = (recipe.finite_views, in_pass)
+    key: tuple = (prepared.fingerprint, source, components.views.view, names, seed, components.bf16, *by_size)
     if prepared.folds is not None:
         key += (prepared.folds.digest,)
     if key not in shared.targets:

@@ -33,8 +33,8 @@ class Share:
 
 def finite_views(components: RunComponents) -> FiniteViews:
     """Return all views of all training images, where they are finite."""
-    data = components.recipe.data
-    return FiniteViews(components.training_source, data.augmentation, components.recipe.seed, data.finite_views)
+    recipe = components.recipe
+    return FiniteViews(components.training_source, recipe.data.augmentation, recipe.seed, recipe.finite_views)
 
 
 def frozen_teacher(components: RunComponents, network: Network, number: int) -> Teacher:

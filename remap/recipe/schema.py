@@ -154,6 +154,11 @@ class Recipe(Section):
         return self.teachers[0] if self.teachers else None
 
     @property
+    def finite_views(self) -> int:
+        """Number of views each image is seen in during training; 0 where every epoch makes new ones."""
+        return min(self.data.finite_views, self.train.epochs)
+
+    @property
     def brings_average(self) -> bool:
         """Whether a loss brings the student's running average along, which then teaches that loss alone."""
         return any(loss.of_average for loss in self.losses)

@@ -139,6 +139,17 @@ def test_a_step_that_cannot_be_divided_is_refused(tiny: Any, tmp_path: Path) -> 
         start(recipe, tmp_path / "run")
 
 
+@pytest.mark.parametrize("losses", ["ce", "ce,rkd"])  # in one pass, and compared over the batch
+def test_a_lone_image_has_no_variance_of_a_channel(tiny: Any, tmp_path: Path, losses: str) -> None:
+    """The last map of a ResNet is a thirty-second of the image; PyTorch raises a ValueError."""
+    student = {"model": "resnet18", "weights": "none", "image_size": 32}
+    settings = ("train.batch_size=2", "train.accumulation=2")
+    recipe = tiny.recipe(*settings, student=student, method="full", losses=losses)
+    with pytest.raises(TrainingError, match="no variance: one image in a pass, on a map of one pixel") as caught:
+        start(recipe, tmp_path / "run")
+    assert caught.value.given == "batch size 2, accumulation 2, 1 process"
+
+
 @pytest.mark.parametrize(
     ("method", "accumulation", "said"), [("partial", 2, True), ("partial", 1, False), ("adapter_plus", 2, False)]
 )

@@ -1,5 +1,6 @@
 """The commands as Python functions: what they return is what the runs say, and the progress is reported."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def test_compare_gives_a_row_a_method(tiny: Any, tmp_path: Path) -> None:
         remap.compare(tiny.recipe(teacher=None, losses="ce"), ["linear"])
     with pytest.raises(RecipeError, match="seeds: 0 runs of each cell"):
         remap.compare(tiny.recipe(), ["linear"], seeds=0)
+
+
+@pytest.mark.parametrize("command", [remap.compare, remap.recommend])
+def test_epochs_beside_a_budget_of_epochs_are_refused(command: Callable[..., Any], tiny: Any, tmp_path: Path) -> None:
+    """They would be ignored. ``--budget parameters`` decides no epochs."""
+    both = {"budget": "epochs=3", "output": tmp_path / "c"}
+    with pytest.raises(RecipeError, match="epochs: the epochs follow from the budget epochs=3"):
+        command(tiny.words(epochs=2), ["linear"], **both)
+    with pytest.raises(RecipeError, match="settings train.epochs: the epochs follow from the budget epochs=3"):
+        command(tiny.words(), ["linear"], settings=iter(["seed=1", " train.epochs = 2"]), **both)
+    assert not (tmp_path / "c").exists()
 
 
 def test_shrink_cuts_a_folder(tiny: Any, tmp_path: Path) -> None:

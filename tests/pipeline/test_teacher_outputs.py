@@ -70,6 +70,17 @@ def test_a_closed_list_of_views_is_replayed(tiny: Any, tmp_path: Path, asked: li
     assert cache.images == 72
 
 
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_views_that_no_epoch_shows_are_not_computed(cache: str, tiny: Any, tmp_path: Path, asked: list[int]) -> None:
+    """24 images in the views of two epochs, of the nine in the recipe: 48 rows; the student is that of two views."""
+    settings = (f"teacher.cache={cache}", "data.augment=shift", "train.epochs=2")
+    nine = start(tiny.recipe(*settings, "data.views=9", losses="ce,kd"), tmp_path / "nine")
+    assert sum(asked) == 48 + 1
+    two = start(tiny.recipe(*settings, "data.views=2", losses="ce,kd"), tmp_path / "two")
+    for name, tensor in load_file(nine.run_dir / "task" / "task.safetensors").items():
+        assert torch.equal(tensor, load_file(two.run_dir / "task" / "task.safetensors")[name]), name
+
+
 def test_what_was_built_is_used_and_completed(tiny: Any, tmp_path: Path, asked: list[int], watch: Any) -> None:
     """``auto`` goes on with what is on disk: the item of another loss is computed when it is first wanted."""
     reporter = watch(lambda step: None)
