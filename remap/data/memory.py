@@ -1,6 +1,7 @@
 """A memory of images of earlier sessions: names and hashes in a sealed JSON file; the images stay where they are."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,11 @@ class Memory(_Strict):
     def classes(self) -> frozenset[str]:
         """The classes it has images of."""
         return frozenset(image.label for part in self.parts for image in part.images)
+
+    def classes_below(self, per_class: int) -> list[str]:
+        """Return the classes that it has fewer images of, in order."""
+        counts = Counter(image.label for part in self.parts for image in part.images)
+        return sorted(name for name, count in counts.items() if count < per_class)
 
     def at_most(self, per_class: int) -> "Memory":
         """Return the first images of each class."""

@@ -11,6 +11,7 @@ from remap.data.memory import Memory, MemoryImage, MemoryPart, digest_of, read_m
 from remap.data.splits import Split
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
+from remap.io.human_size import number_of
 from remap.io.paths import expanded
 from remap.pipeline.probe import pooled_features
 from remap.pipeline.sessions import Session
@@ -25,8 +26,8 @@ _BATCH = 64
 def choose_memory(sessions: Sequence[Session], per_class: int, by: Choice, progress: Progress) -> Memory:
     """Return so many images of each class that the last session knows.
 
-    What the memory of the last session has is taken from it; images of other classes are chosen from the training
-    images of the session that brought them.
+    What the memory of the last session has is taken from it, even if it is fewer; images of other classes are chosen
+    from the training images of the session that brought them.
 
     Raises:
         MissingData: Images to choose from are not at hand.
@@ -34,6 +35,9 @@ def choose_memory(sessions: Sequence[Session], per_class: int, by: Choice, progr
     before = sessions[-1].run.recipe().data.memory
     # A smaller memory has the first images of each class: herding puts the best first (iCaRL, algorithm 5).
     memory = read_memory(expanded(before)).at_most(per_class) if before is not None else Memory()
+    if short := memory.classes_below(per_class):
+        what = f"the memory of {sessions[-1].run.path} has fewer images of {number_of(len(short), 'class')}"
+        progress.say(f"{what} ({', '.join(short[:3])}{' ...' if len(short) > 3 else ''}): these stay as they are")
     known, parts, shared = set(memory.classes), list(memory.parts), SharedResources()
     for session in sessions:
         # Without the memory of that session: its images are those of sessions before, which are looked at themselves.

@@ -132,11 +132,7 @@ def run_cost(
     online = sum(seconds for number, seconds in profile.teacher_seconds.items() if number not in cached)
     step_seconds = (profile.student_seconds + online) * spec.batch_size / processes if spec.by_steps else 0.0
     fits = spec.fit in ("prototypes", "ridge")
-    once = (
-        sum(profile.teacher_seconds[number] for number in cached)
-        * len(training_source.split)
-        * recipe.finite_views
-    )
+    once = sum(profile.teacher_seconds[number] for number in cached) * len(training_source.split) * recipe.finite_views
     once += profile.forward_seconds * len(training_source.split) / processes if fits else 0.0
     once += profile.stem_seconds * (len(training_source.split) + len(val.split))
     # The untrained student is evaluated too.

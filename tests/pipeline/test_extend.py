@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -22,6 +23,7 @@ from remap.data.views import ViewSource
 from remap.distributed.launch import ProcessLost
 from remap.errors import BackboneError, DataError, Interrupted, MissingData, RecipeError, RunError, TrainingError
 from remap.network import Runner, tuned
+from remap.pipeline.choose_memory import choose_memory
 from remap.pipeline.evaluate_run import evaluate_run
 from remap.pipeline.extend import extend, extension_recipe
 from remap.pipeline.fit_at_once import PENALTIES, best_penalty
@@ -29,6 +31,7 @@ from remap.pipeline.rebalancing import align_classifier, fit_bias
 from remap.pipeline.repeat import repeat
 from remap.pipeline.run import resume, start
 from remap.pipeline.session_advice import require_new_names, situation
+from remap.pipeline.sessions import sessions_of
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec, MethodSpec, ModelSpec
 from remap.remapping.knowledge.logits.distillation import CrossEntropy, KnowledgeDistillation
@@ -452,6 +455,19 @@ def test_bias_is_fitted_on_images_that_steps_did_not_see(
     monkeypatch.setattr("remap.pipeline.run.train", None)  # too few are refused before any step
     with pytest.raises(DataError, match="larger --memory"):
         extend(first, red, how="lwf", memory=1, settings=["train.align=bias"], output=tmp_path / "few")
+
+
+def test_a_larger_memory_says_what_stays_small(first: Path, red: DataSpec, tmp_path: Path, watch: Any) -> None:
+    """The first session's classes have one image each in the memory of the second, which had no red one in it."""
+    extend(first, red, how="lwf", memory=1, settings=["train.epochs=1"], output=tmp_path / "second")
+    progress = watch(lambda step: None)
+    memory = choose_memory(sessions_of(tmp_path / "second"), 3, "herding", progress)
+    counts = Counter(image.label for part in memory.parts for image in part.images)
+    assert counts == {"blue": 1, "green": 1, "red": 3}
+    assert (
+        f"the memory of {tmp_path / 'second'} has fewer images of 2 classes (blue, green): these stay as they are"
+        in (progress.said)
+    )
 
 
 def test_a_look_has_parts_of_its_own_and_earlier_answers_stay(tiny: Any, tmp_path: Path) -> None:
