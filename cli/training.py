@@ -31,16 +31,18 @@ def tune(values: dict[str, Any]) -> None:
 def _train(values: dict[str, Any], *, with_teacher: bool) -> None:
     """Start the processes, then train, resume or estimate in each of them; the first one prints the result."""
     processes = values["devices"]
+    # A mistake is said before any process is started.
+    recipe = None if values["resume"] is not None else _new_recipe(values, with_teacher=with_teacher)
     if values["resume"] is not None and processes is None:
         processes = _run_dir(values["resume"]).recipe().train.processes
         launch.require_few(processes, values["resume"], do=f"name the number yourself: --devices {processes}")
     launch.start_processes(processes)
     show = estimates.show if values["dry_run"] else run_summary.show
     with console.Reporter(quiet=not launch.is_first()) as progress:
-        if values["resume"] is not None:
+        if recipe is None:
             found = _resumed(values, processes, progress)
         else:
-            found = _trained(values, progress, with_teacher=with_teacher)
+            found = _trained(recipe, values, progress, with_teacher=with_teacher)
     if launch.is_first():
         console.emit(found) if values["json"] else show(found)
     if launch.is_first() and not values["dry_run"]:
@@ -48,13 +50,20 @@ def _train(values: dict[str, Any], *, with_teacher: bool) -> None:
             report.write_at_end(values["resume"] or Path(found["run_dir"]), progress)  # it may have been moved
 
 
-def _trained(values: dict[str, Any], progress: console.Reporter, *, with_teacher: bool) -> dict[str, Any]:
-    """Return the summary of a new run, or the estimates of a dry run."""
+def _new_recipe(values: dict[str, Any], *, with_teacher: bool) -> "Recipe":
+    """Return the recipe of a new run, whose folder must be free."""
     from remap.runs.run_dir import RunDir
 
     recipe = read_recipe(values, with_teacher=with_teacher)
     if values["output"] is not None and not values["dry_run"] and launch.is_first():
         RunDir(values["output"]).require_free()
+    return recipe
+
+
+def _trained(
+    recipe: "Recipe", values: dict[str, Any], progress: console.Reporter, *, with_teacher: bool
+) -> dict[str, Any]:
+    """Return the summary of a new run, or the estimates of a dry run."""
     with progress.wait("loading PyTorch"):
         from remap.pipeline.dry_run import estimate
         from remap.pipeline.objective import without_idle_losses

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, TypeVar, overload
 
 from remap.data import SOURCES
-from remap.errors import UnknownName
+from remap.errors import PluginError, UnknownName
 from remap.registry import Entry, Registry, did_you_mean
 from remap.remapping import LOSSES
 from remap.tuning import METHODS
@@ -54,7 +54,11 @@ def register(kind: str, row: Entry | None = None, **fields: Any) -> Entry | Call
         return row
 
     def decorate(cls: Cls) -> Cls:
-        table.add(_of_its_package(table.row_type(target=cls, **fields)))
+        try:
+            made = table.row_type(target=cls, **fields)
+        except TypeError as error:  # a field is missing, or is none of this table
+            raise PluginError(f"{kind} {fields.get('name', '')!r} cannot be registered", given=error) from error
+        table.add(_of_its_package(made))
         return cls
 
     return decorate

@@ -185,6 +185,8 @@ def test_a_broken_package_is_one_message_that_names_it(
 
 
 def test_a_row_of_another_table_is_refused() -> None:
+    with pytest.raises(PluginError, match="method 'toy' cannot be registered\n  given: .*missing"):
+        remap.register("method", name="toy")(type("Toy", (), {}))
     with pytest.raises(PluginError, match="registers a loss with a row of the wrong type\n  given:   MethodEntry"):
         remap.register("loss", next(iter(METHODS)))
 

@@ -209,6 +209,7 @@ def require_divisible(images: int, processes: int, accumulation: int) -> None:
     if images < processes * accumulation:
         raise TrainingError(
             f"a step of {number_of(images, 'image')} cannot be divided",
-            given=f"{number_of(processes, 'process')}, each with {accumulation} micro-batches (train.accumulation)",
+            given=f"{number_of(processes, 'process')}, each with"
+            f" {number_of(accumulation, 'micro-batch', 'micro-batches')} (train.accumulation)",
             do="use a larger --batch-size, fewer processes, or less accumulation",
         )

@@ -17,7 +17,7 @@ from remap.pipeline.run import Result, as_recipe, start
 from remap.pipeline.shrink_student import cut
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe, resolve
-from remap.recipe.problems import checked
+from remap.recipe.problems import as_list_of_texts, checked
 from remap.recipe.schema import DataSpec, ShrinkSpec, TeacherSpec
 from remap.remapping.architecture.shrink import Shrunk
 from remap.runs.run_dir import default_path
@@ -47,6 +47,7 @@ def tune(
     """
     options = isinstance(recipe, Mapping)
     # Options are resolved here: ``as_recipe`` would add the embedded teacher to them.
+    settings = as_list_of_texts("settings", settings, "remap.tune")
     chosen = resolve(None, recipe, settings) if isinstance(recipe, Mapping) else as_recipe(recipe, settings)
     if chosen.named_teachers:
         where = "options" if options else chosen.name
@@ -113,6 +114,8 @@ def compare(
     # A recipe without a teacher is valid, for ``tune``.
     if checked.teacher is None:
         raise RecipeError(["teacher: missing; a comparison has one"], checked.name)
+    sweeps = as_list_of_texts("sweeps", sweeps, "remap.compare")
+    loss_sets = as_list_of_texts("loss_sets", loss_sets, "remap.compare")
     # Without a number, unlike a run: the same call finds its finished cells again.
     folder = expanded(output or default_path() / f"compare-{checked.name}")
     plan = Plan(sweeps, loss_sets, budget, search, str(jobs))
@@ -153,7 +156,7 @@ def recommend(
 
 def _of_budget(recipe: Recipe | str | Mapping[str, Any], settings: Iterable[str], budget: str | None) -> Recipe:
     """Return a recipe whose epochs the caller may not have given beside a budget that decides them."""
-    settings = tuple(settings)
+    settings = as_list_of_texts("settings", settings, "remap")
     epochs = isinstance(recipe, Mapping) and recipe.get("epochs") is not None
     require_no_epochs({"epochs": epochs, "settings train.epochs": settings}, budget)
     return as_recipe(recipe, settings)

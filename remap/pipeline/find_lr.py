@@ -19,6 +19,7 @@ from remap.pipeline.teacher_tuning import teachers_to_tune
 from remap.pipeline.training_job import class_balance
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe, resolve
+from remap.recipe.problems import as_list_of_texts
 from remap.recipe.train_checks import require_no_processes
 from remap.runs.run_dir import RunDir
 
@@ -51,6 +52,7 @@ def find_lr(
         RemapError: Anything else a user can mend.
     """
     require_one_process("a range test is a few steps in one process", "call it without a launcher")
+    settings = as_list_of_texts("settings", settings, "remap lr")
     chosen = resolve(None, recipe, settings) if isinstance(recipe, Mapping) else as_recipe(recipe, settings)
     if chosen.choose_losses:
         raise RecipeError(["losses: a range test is of one objective (name the losses)"], chosen.name)

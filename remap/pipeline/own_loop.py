@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
-from remap.errors import RecipeError
+from remap.errors import DataError, RecipeError
 from remap.pipeline.objective import build_objective
 from remap.recipe.checks import option_problems
 from remap.recipe.problems import checked
@@ -23,8 +23,9 @@ from remap.tuning.attached import Attached
 class Losses(nn.Module):
     """Weighted losses between a student and its teacher. Its parameters are the projectors of the losses."""
 
-    def __init__(self, objective: Objective, student: Tap, teacher: Tap | None) -> None:
+    def __init__(self, objective: Objective, student: Tap, teacher: Tap | None, classes: int = 0) -> None:
         super().__init__()
+        self._classes = classes  # 0 where the student has no classifier
         # Taps are not modules: the networks' parameters are not those of this one.
         self.objective, self._student, self._teacher = objective, student, teacher
 
@@ -37,7 +38,11 @@ class Losses(nn.Module):
             images_BCHW: As the student takes them: of its size, normalised as timm says.
             labels_B: Class of each image, int64; -1 for an image without a label, which losses on labels leave out.
             teacher_images_BCHW: The same images as the teacher takes them, where it has another size or normalisation.
+
+        Raises:
+            DataError: The labels are not int64, as many as the images, and of the student's classes.
         """
+        self._require_labels(images_BCHW, labels_B)
         targets: dict[str, Tensor] = {}
         if self._teacher is not None:
             with torch.no_grad():
@@ -48,6 +53,18 @@ class Losses(nn.Module):
         labels = replace(labels, labeled=float(labels.known_B.float().mean()))
         total, terms = self.objective(self._student(images_BCHW), [targets], labels)
         return total, terms
+
+    def _require_labels(self, images_BCHW: Tensor, labels_B: Tensor) -> None:
+        if not isinstance(labels_B, Tensor) or labels_B.dtype != torch.int64 or labels_B.shape != images_BCHW.shape[:1]:
+            given = f"{labels_B.dtype}, {tuple(labels_B.shape)}" if isinstance(labels_B, Tensor) else repr(labels_B)
+            raise DataError(
+                f"labels are not one class (int64) for each of the {len(images_BCHW)} images",
+                given=given,
+                do="write -1 for an image without a label",
+            )
+        # On a GPU a look at the values would wait for it in every step; there the loss itself stops on them.
+        if labels_B.device.type == "cpu" and self._classes and not bool((labels_B < self._classes).all()):
+            raise DataError(f"a label is not one of the student's {self._classes} classes", given=int(labels_B.max()))
 
     def after_step(self) -> None:
         """Follow a step of the optimiser, for losses that remember earlier steps (queues)."""
@@ -98,6 +115,9 @@ def losses(
     anatomy = student.anatomy if isinstance(student, Attached) else anatomy_of(student)
     pair = Pair(anatomy, None if teacher is None else anatomy_of(teacher), int(getattr(model, "num_classes", 0)))
     objective = build_objective(recipe, [pair]).to(next(model.parameters()).device)
+    if teacher is not None:
+        _require_apart(model, teacher)
+        _require_equal_classes(objective, model, teacher)
     if settled_by_a_run := objective.unsettled(0):
         names = ", ".join(name for name, _ in settled_by_a_run)
         raise RecipeError(
@@ -106,4 +126,22 @@ def losses(
     taught = None
     if teacher is not None and pair.teacher is not None:
         taught = Tap(teacher.requires_grad_(False).eval(), pair.teacher, objective.teacher_needs())
-    return Losses(objective, Tap(model, anatomy, objective.student_needs(), *extra), taught)
+    tap = Tap(model, anatomy, objective.student_needs(), *extra)
+    return Losses(objective, tap, taught, int(getattr(model, "num_classes", 0)))
+
+
+def _require_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that shares weights with its student: freezing the one would freeze the other."""
+    ours = {id(parameter) for parameter in student.parameters()}
+    if any(id(parameter) in ours for parameter in teacher.parameters()):
+        what = "teacher: it shares weights with the student, which would be frozen with it"
+        raise RecipeError([f"{what} (take another model, or copy.deepcopy(model))"], "remap.losses")
+
+
+def _require_equal_classes(objective: Objective, student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse heads of unequal sizes where a loss compares the answers: class 3 of one would be class 3 of the other."""
+    compared = [name for name, term in objective.terms.items() if getattr(term, "classifier", "") == "teacher"]
+    ours, theirs = (getattr(model, "num_classes", None) for model in (student, teacher))
+    if compared and None not in (ours, theirs) and ours != theirs:
+        what = f"{', '.join(compared)}: compares the answers of {ours} classes with those of {theirs}"
+        raise RecipeError([f"{what} (give both models heads of the same classes: num_classes=N)"], "remap.losses")

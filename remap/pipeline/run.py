@@ -33,7 +33,7 @@ from remap.pipeline.nested_runs import open_or_create
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.rebalancing import rebalance, require_correctable
 from remap.pipeline.results import require_space, write_results, write_summary
-from remap.pipeline.run_callbacks import called
+from remap.pipeline.run_callbacks import called, require_callbacks
 from remap.pipeline.run_path import run_path
 from remap.pipeline.run_status import track_status
 from remap.pipeline.samples import method_sample
@@ -52,6 +52,7 @@ from remap.recipe import Recipe, resolve, resolve_distill
 from remap.recipe.checks import require_held_out_once
 from remap.recipe.in_words import losses_in_words
 from remap.recipe.paths import is_run
+from remap.recipe.problems import as_list_of_texts
 from remap.recipe.teacher_checks import idle_options
 from remap.recipe.train_checks import require_rate
 from remap.runs.run_dir import RunDir, default_path
@@ -184,6 +185,7 @@ def start(
 ) -> Result:
     """Make a run directory and run."""
     check_processes(recipe.train.processes)
+    require_callbacks(callbacks)
     # Before the run directory exists, so that a mistake leaves nothing behind.
     require_divisible(recipe.train.batch_size, accelerator().num_processes, recipe.train.accumulation)
     shared = shared or SharedResources()
@@ -208,6 +210,7 @@ def resume(
     path = expanded(path)
     run_dir = RunDir.open(path)
     check_processes(processes)
+    require_callbacks(callbacks)
     # A finished run whose files were damaged later is written again from its checkpoint.
     damage = run_dir.damage() if run_dir.is_done else None
     if damage is not None:
@@ -254,7 +257,7 @@ def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any], settings: Iterabl
     Raises:
         RecipeError: It is none of these, or a value is wrong.
     """
-    settings = tuple(settings)
+    settings = as_list_of_texts("settings", settings, "remap")
     if not isinstance(recipe, Recipe | str | Path | Mapping):
         kinds = "a name or file, a mapping of options ({} for the embedded default), or a Recipe"
         raise RecipeError([f"recipe: should be {kinds}, got {type(recipe).__name__}"], "remap")

@@ -6,6 +6,7 @@ from typing import Any
 
 from remap.distributed.launch import accelerator
 from remap.engine.callback import Callback, raised_in
+from remap.errors import RecipeError
 from remap.pipeline.run_status import RunClock
 from remap.pipeline.trackers import Tracker, require_installed
 from remap.recipe import Recipe
@@ -44,6 +45,19 @@ class Callbacks(Callback):
         if raised:
             self._clock.ended_by = raised[0]  # the status of the run is then "stopped", not "failed"
             raise raised[0]
+
+
+def require_callbacks(callbacks: Sequence[object]) -> None:
+    """Refuse what is not a callback before anything is made.
+
+    Raises:
+        RecipeError: One is a class, or has not the methods.
+    """
+    for one in callbacks:
+        has_all = all(callable(getattr(one, name, None)) for name in ("on_step", "on_epoch", "on_end"))
+        if isinstance(one, type) or not has_all:
+            given = f"the class {one.__name__} (write {one.__name__}())" if isinstance(one, type) else repr(one)
+            raise RecipeError([f"callbacks: should be objects of a remap.Callback, got {given}"], "remap")
 
 
 @contextmanager

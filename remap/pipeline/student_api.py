@@ -1,6 +1,6 @@
 """The Python API besides ``remap.distill``: attach a method to a model, load a tuned student."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,7 @@ class Student:
             DataError: One image is given, not a list.
             BadImage: An image cannot be read.
         """
-        if isinstance(images, str | bytes | Path | Image.Image):
-            given = images if isinstance(images, str | Path) else type(images).__name__
-            raise DataError("one image is given, where a list is read", given=given, do="write [image]")
+        images = several(images)
         found = [torch.empty(0, len(self.classes))]
         for start in range(0, len(images), AT_ONCE):
             views = [self.pixels(image) for image in images[start : start + AT_ONCE]]
@@ -93,8 +91,27 @@ class Student:
 
     @torch.no_grad()
     def logits_of_views(self, images_BCHW: Tensor) -> Tensor:
-        """Return logits (B, C) of views already made (uint8)."""
+        """Return logits (B, C) of views already made (uint8), as ``pixels`` makes them.
+
+        Raises:
+            DataError: They are not.
+        """
+        self.require_views(images_BCHW)
         return self._runner(images_BCHW.to(self.device)).logits_BC.float().cpu()
+
+    def require_views(self, images_BCHW: Tensor) -> None:
+        """Refuse what would be read as other pixels: numbers from 0 to 1 are black images, and another size is cut."""
+        shape, given = self.view.shape, f"{type(images_BCHW).__name__}"
+        if isinstance(images_BCHW, Tensor):
+            if images_BCHW.dtype == torch.uint8 and images_BCHW.ndim == 4 and tuple(images_BCHW.shape[1:]) == shape:
+                return
+            given = f"{images_BCHW.dtype} {tuple(images_BCHW.shape)}"
+        raise DataError(
+            "these are not views of this student",
+            given=given,
+            allowed=f"a torch.uint8 tensor of (images, {', '.join(map(str, shape))}), values 0 to 255",
+            do="make them with `pixels`, or give images to `logits`",
+        )
 
     def predict(self, images: Sequence[Image.Image | bytes | Path | str]) -> list[tuple[str, float]]:
         """Return the likeliest class of each image and its probability."""
@@ -126,6 +143,21 @@ class Student:
         source = TaskSource(self.path)
         source.require_mergeable()
         return source.plain_model().to(self.device)
+
+
+def several(images: Iterable[Image.Image | bytes | Path | str]) -> list[Image.Image | bytes | Path | str]:
+    """Return images as a list.
+
+    Raises:
+        DataError: One image is given, or something that holds none.
+    """
+    if isinstance(images, str | bytes | Path | Image.Image):
+        given = images if isinstance(images, str | Path) else type(images).__name__
+        raise DataError("one image is given, where a list is read", given=given, do="write [image]")
+    if not isinstance(images, Iterable):
+        kinds = "a list of paths, bytes or PIL images"
+        raise DataError("images are not a list", given=type(images).__name__, allowed=kinds)
+    return list(images)
 
 
 def load_student(run_dir: str | Path, device: str | torch.device | None = None) -> Student:

@@ -10,7 +10,7 @@ from typing import Any
 from remap.data import CLASSES
 from remap.distributed import launcher_env
 from remap.distributed.launch import accelerator, use_bf16
-from remap.errors import BackboneError, RunError
+from remap.errors import BackboneError, DataError, RunError
 from remap.io.paths import expanded
 from remap.pipeline.student_api import Student, load_student
 from remap.prediction.formats import require_writable
@@ -68,11 +68,29 @@ def predict(
         DataError: There is no image, or a folder or archive cannot be read. An image that cannot be read is a row.
     """
     wanted = Wanted(top, probabilities, embeddings, batch_size, precision=precision, adapt=adapt, threshold=threshold)
+    words = _named(images)
     students = open_students(run, device)
     wanted = in_precision_of(run, students, wanted)
-    inputs = Inputs([images] if isinstance(images, str | Path) else images)
+    inputs = Inputs(words)
     for rows in _with_progress(students, inputs, wanted, progress):
         yield from rows
+
+
+def _named(images: str | Path | Iterable[str | Path]) -> list[str | Path]:
+    """Return names of images as a list.
+
+    Raises:
+        DataError: They are not names.
+    """
+    words = list(images) if isinstance(images, Iterable) and not isinstance(images, str) else [images]
+    if wrong := [word for word in words if not isinstance(word, str | Path)]:
+        raise DataError(
+            "predict reads images by their names",
+            given=type(wrong[0]).__name__,
+            allowed="files, folders, archives, patterns",
+            do="give pictures in memory to a student: remap.load_student(RUN).predict(images)",
+        )
+    return words
 
 
 def predict_to_file(

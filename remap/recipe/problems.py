@@ -41,6 +41,17 @@ def checked(kind: type[Section], values: Mapping[str, Any], where: str) -> Secti
         raise RecipeError([plain(line.removeprefix("recipe: ")) for line in lines_of(error, kind)], where) from None
 
 
+def as_list_of_texts(name: str, texts: Iterable[str], where: str) -> tuple[str, ...]:
+    """Return the texts of a list.
+
+    Raises:
+        RecipeError: It is one text, which Python would read letter by letter.
+    """
+    if isinstance(texts, str):
+        raise RecipeError([f"{name}: should be a list, got one text (write ['{texts}'])"], where)
+    return tuple(texts)
+
+
 def lines_of(error: ValidationError, schema: type[BaseModel], key: str = "", also: Iterable[str] = ()) -> list[str]:
     """Return one line per finding, in the order of the recipe; ``also`` are further keys that are allowed.
 

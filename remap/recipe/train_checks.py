@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from remap.backbones.names import is_pair
 from remap.errors import RecipeError
+from remap.io.human_size import number_of
 from remap.recipe.paths import is_run
 from remap.recipe.schema import Recipe
 from remap.remapping import LOSSES
@@ -63,8 +64,17 @@ def train_problems(recipe: Recipe) -> Iterator[str]:
     yield from _extension_problems(recipe)
     if train.metric != "accuracy" and not train.selects:
         yield "train.metric: nothing is chosen by it (set train.keep=best or train.patience, or leave it out)"
+    yield from _batch_problems(recipe)
+
+
+def _batch_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield why a step cannot be divided among processes and micro-batches."""
+    train = recipe.train
     if train.batch_size % train.accumulation:
         yield f"train.batch_size: {train.batch_size} is not a multiple of accumulation {train.accumulation}"
+    elif train.batch_size < (processes := train.processes or 1) * train.accumulation:
+        each = f"each with {number_of(train.accumulation, 'micro-batch', 'micro-batches')} (train.accumulation)"
+        yield f"train.batch_size: {train.batch_size} is too few for {processes} processes (--devices), {each}"
 
 
 def _choice_problems(recipe: Recipe) -> Iterator[str]:

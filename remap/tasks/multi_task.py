@@ -20,7 +20,7 @@ from remap.distributed.launch import usable_device
 from remap.errors import RunError, UnknownName
 from remap.io.paths import expanded
 from remap.network import frozen
-from remap.pipeline.student_api import Student
+from remap.pipeline.student_api import Student, several
 from remap.runs.task import beside, network_of, open_backbone, require_classifier
 from remap.runs.task_file import TaskMeta, folder_of, read_meta, read_tensors, require_sizes
 from remap.tasks.routing import Router, why_not_together
@@ -50,8 +50,8 @@ class MultiTask:
         tasks: Mapping[str, str | Path],
         device: str | torch.device | None = None,
     ) -> None:
-        if not tasks:
-            raise RunError("no tasks are given", do="name some: MultiTask(backbone, {'birds': RUN})")
+        if not tasks or not isinstance(tasks, Mapping):
+            raise RunError("no tasks by name are given", do="name some: MultiTask(backbone, {'birds': RUN})")
         self.device = usable_device(device)
         first = folder_of(expanded(next(iter(tasks.values()))))
         self._backbone = backbone if isinstance(backbone, Backbone) else _open(backbone, read_meta(first), first)
@@ -123,6 +123,7 @@ class MultiTask:
         Args:
             tasks: The task of each image, or one for all; None is the current one.
         """
+        images = several(images)
         names = self._names(len(images), tasks)
         answers = zip(names, self.logits(images, names), strict=True)
         best = [self.students[name].network.probabilities(logits).max(dim=-1) for name, logits in answers]
@@ -142,13 +143,23 @@ class MultiTask:
             UnknownName: There is no such task.
             BadImage: An image cannot be read.
         """
+        images = several(images)
         names = self._names(len(images), tasks)
         views = [self.students[name].pixels(image) for name, image in zip(names, images, strict=True)]
         return self.logits_of_views([torch.from_numpy(view) for view in views], names)
 
     @torch.no_grad()
     def logits_of_views(self, views: Sequence[Tensor], tasks: Sequence[str]) -> list[Tensor]:
-        """Return the logits of each view that is made already, (channels, height, width) uint8, as ``logits`` does."""
+        """Return the logits of each view that is made already, (channels, height, width) uint8, as ``logits`` does.
+
+        Raises:
+            UnknownName: There is no such task.
+            RunError: A view has no task.
+            DataError: A view is not one of its task.
+        """
+        tasks = self._names(len(views), tasks)
+        for name, view in zip(tasks, views, strict=True):
+            self.students[name].require_views(view[None])
         positions: dict[str, list[int]] = {}
         for index, name in enumerate(tasks):
             positions.setdefault(name, []).append(index)

@@ -174,8 +174,9 @@ class Attached:
         """Fold the tuned parameters into plain backbone weights and remove the methods' modules.
 
         Raises:
-            BackboneError: A method cannot be folded.
+            BackboneError: A method cannot be folded, or all are off the model already.
         """
+        self._require_attached()
         folds = {name: member.fold for name, member in self.methods.items()}
         if stay := [name for name, fold in folds.items() if fold is None]:
             raise BackboneError(
@@ -200,8 +201,9 @@ class Attached:
         """Give the backbone back bit for bit as it was before attaching.
 
         Raises:
-            BackboneError: The original weights were dropped.
+            BackboneError: The original weights were dropped, or the methods are off the model already.
         """
+        self._require_attached()
         if self._original is None:
             raise BackboneError("the backbone's original weights were dropped, so it cannot be given back")
         tensors = self._tensors()
@@ -209,6 +211,10 @@ class Attached:
             for name, value in self._original.items():
                 tensors[name].copy_(value)
         return self._remove()
+
+    def _require_attached(self) -> None:
+        if not self.methods:
+            raise BackboneError("the methods are off this model already", do="attach one again: remap.attach")
 
     def _remove(self) -> nn.Module:
         """Take hooks and inserted modules off the model."""

@@ -416,7 +416,7 @@ def test_the_files_of_a_run_do_not_start_many_processes(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(launch, "start_processes", start)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml").write_text("train: {processes: 900}")
+    (tmp_path / "run" / "recipe.yaml").write_text("train: {processes: 900, batch_size: 1800}")
     (tmp_path / "run" / "summary.json").write_text('{"processes": 900}')
     (tmp_path / "run" / "environment.json").write_text('{"variables": {"OMP_NUM_THREADS": "9999999"}}')
     result = remap(*([command, "run"] if command == "repeat" else [command, "--resume", "run"]))

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import remap
-from remap.errors import RecipeError, RunError
+from remap.errors import DataError, RecipeError, RunError
 from remap.runs.run_dir import RunDir
 
 
@@ -44,6 +45,29 @@ def test_compare_gives_a_row_a_method(tiny: Any, tmp_path: Path) -> None:
         remap.compare(tiny.recipe(teacher=None, losses="ce"), ["linear"])
     with pytest.raises(RecipeError, match="seeds: 0 runs of each cell"):
         remap.compare(tiny.recipe(), ["linear"], seeds=0)
+
+
+def test_one_text_is_not_a_list(tiny: Any) -> None:
+    """Python would read it letter by letter."""
+    for command in (remap.tune, remap.distill, remap.compare, remap.recommend, remap.find_lr):
+        with pytest.raises(RecipeError, match=r"settings: should be a list, got one text \(write \['train.lr=1'\]\)"):
+            command(tiny.words(), settings="train.lr=1")
+    for name in ("sweeps", "loss_sets"):
+        with pytest.raises(RecipeError, match=f"{name}: should be a list"):
+            remap.compare(tiny.words(), **{name: "ce,kd"})  # type: ignore[arg-type]
+
+
+def test_callbacks_are_objects(tiny: Any, tmp_path: Path) -> None:
+    for wrong, shown in ((remap.Callback, r"the class Callback \(write Callback\(\)\)"), (print, "print")):
+        with pytest.raises(RecipeError, match=f"callbacks: should be objects of a remap.Callback, got .*{shown}"):
+            remap.distill(tiny.words(), output=tmp_path / "run", callbacks=[wrong])  # type: ignore[list-item]
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_of_images_are_read_and_no_pictures(tiny: Any) -> None:
+    for wrong in (None, [Image.new("RGB", (4, 4))]):
+        with pytest.raises(DataError, match="predict reads images by their names"):
+            list(remap.predict("runs/none", wrong))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("command", [remap.compare, remap.recommend])

@@ -77,6 +77,31 @@ def test_the_ten_lines_of_the_docs_train(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(student.blocks[0].attn.qkv.weight, frozen)
 
 
+def test_a_teacher_must_be_another_network_with_the_same_classes() -> None:
+    """The student's own would be frozen with the teacher; of other classes, class 1 is compared with class 1."""
+    student, teacher = _pair()
+    tuned = remap.attach(student, "bitfit")
+    trained = [p.requires_grad for p in student.parameters()]
+    with pytest.raises(remap.RemapError, match="it shares weights with the student"):
+        remap.losses("ce,kd", tuned, student)
+    assert [p.requires_grad for p in student.parameters()] == trained and any(trained)
+    for classes in (2, 5):
+        teacher.reset_classifier(classes)
+        with pytest.raises(remap.RemapError, match=f"kd: compares the answers of 3 classes with those of {classes}"):
+            remap.losses("ce,kd", tuned, teacher)
+    remap.losses("ce,feature", tuned, teacher).close()  # which reads no answers
+
+
+def test_labels_that_are_none_are_refused() -> None:
+    student, _ = _pair()
+    losses, images = remap.losses("ce", student), torch.randn(4, 3, 16, 16)
+    for labels in (None, torch.zeros(4), torch.zeros(3, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.int64)):
+        with pytest.raises(remap.RemapError, match="labels are not one class"):
+            losses(images, labels)  # type: ignore[arg-type]
+    with pytest.raises(remap.RemapError, match="a label is not one of the student's 3 classes"):
+        losses(images, torch.tensor([0, 1, 2, 3]))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     student, teacher = _pair()
     with pytest.raises(remap.RemapError, match="at least one loss is needed"):

@@ -64,6 +64,13 @@ def test_one_image_is_no_list_and_a_device_has_to_be_here(make_task: MakeTask, p
     for one in (file, str(file), file.read_bytes(), Image.new("RGB", (8, 8))):
         with pytest.raises(DataError, match="one image is given, where a list is read"):
             student.predict(one)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="images are not a list"):
+        student.predict(None)  # type: ignore[arg-type]
+    assert student.predict(one for one in (file,)) == student.predict([file])  # type: ignore[arg-type]
+    views = torch.from_numpy(student.pixels(file))[None]
+    for wrong in (views / 255, views[0], views[:, :, 1:], views.numpy()):
+        with pytest.raises(DataError, match="these are not views of this student"):
+            student.logits_of_views(wrong)
     with pytest.raises(RunError, match="cannot compute on banana: "):
         load_student(run, "banana")
     with pytest.raises(RunError, match="cannot compute on cuda:77: "):

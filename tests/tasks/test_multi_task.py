@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from remap.backbones.build import state_hash
-from remap.errors import RunError, UnknownName
+from remap.errors import DataError, RunError, UnknownName
 from remap.pipeline.student_api import load_student
 from remap.tasks.multi_task import MultiTask
 
@@ -53,6 +53,12 @@ def test_a_mixed_batch_gives_each_image_its_own_tasks_logits(make_task: MakeTask
         expected = load_student(path, "cpu").logits_of_views(torch.stack([views[row] for row in rows]))
         for row, logits in zip(rows, expected, strict=True):
             assert torch.allclose(found[row], logits, rtol=1e-5, atol=1e-5), name
+    with pytest.raises(RunError, match="each image needs a task"):
+        multi.logits_of_views(views, names[1:])
+    with pytest.raises(DataError, match="these are not views of this student"):
+        multi.logits_of_views([views[0] / 255], names[:1])
+    with pytest.raises(DataError, match="one image is given, where a list is read"):
+        multi.predict("a.jpg")
     switched = multi.switch("lora")
     assert multi.current == "lora" and switched.classes == multi.students["lora"].classes
 

@@ -72,6 +72,9 @@ def test_a_combination_does_what_its_parts_do(
     assert list(together.model.state_dict()) == list(base.state_dict())
     with torch.no_grad():
         assert torch.equal(together.model.eval().forward_features(images), features)
+    for again in (together.detach, together.merge):
+        with pytest.raises(BackboneError, match="off this model already"):
+            again()
 
 
 def _merges_if_its_parts_do(base: nn.Module, together: Attached, images: torch.Tensor) -> None:
