@@ -1,7 +1,6 @@
 """``remap cache``: outputs of teachers and tuned teachers on disk. Listing and clearing need no torch."""
 
 import shlex
-import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +20,7 @@ cache = typer.Typer(help="List, build and clear cached outputs of teachers, and 
 
 @cache.command("ls")
 def cache_ls(json: opt.Json = False) -> None:
-    """List what is cached: of which teacher and view, what of how many images, and when it was last used."""
+    """List what is cached: of which teacher and view, what in how many rows (a view of an image each), and when."""
     from remap.cache.cache_folders import cache_root
     from remap.cache.cache_listing import list_caches
 
@@ -36,7 +35,7 @@ def cache_ls(json: opt.Json = False) -> None:
     total = size(sum(row.bytes for row in found))
     console.table(
         f"{number_of(len(found), 'teacher cache')} in {root.parent}: {total}",
-        ["id", "teacher", "view", "cached", "images", "size", "used"],
+        ["id", "teacher", "view", "cached", "rows", "size", "used"],
         [
             [
                 row.id[:8],
@@ -92,7 +91,7 @@ def cache_clear(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Clear every cache.")] = False,
     older_than: Annotated[float | None, typer.Option(min=0, help="Those unused for this many days.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    yes: opt.Yes = False,
     json: opt.Json = False,
 ) -> None:
     """Delete cached outputs and tuned teachers. Those that a running command uses are left."""
@@ -119,14 +118,10 @@ def cache_clear(
 
 
 def _confirm(chosen: "list[Cache]") -> None:
-    from remap.errors import RemapError
-
     for row in chosen:
-        what = _prepared(row.key) or f"{row.images:,} images"
+        what = _prepared(row.key) or number_of(row.images, "row")
         console.note(f"{row.id[:8]}  {row.key.get('teacher', '-')}, {what}, {size(row.bytes)}")
-    if not sys.stdin.isatty():
-        raise RemapError("clearing asks for confirmation, and stdin is not a terminal", do="confirm with --yes")
-    typer.confirm(f"Delete {number_of(len(chosen), 'teacher cache')}?", abort=True, err=True)
+    console.confirm(f"Delete {number_of(len(chosen), 'teacher cache')}?")
 
 
 @cache.command("build")
@@ -165,7 +160,8 @@ def _show_built(found: list[dict[str, Any]]) -> None:
             wrap=(0,),
         )
         console.line(
-            f"{one['images']:,} images, {one['computed']:,} of them computed now in "
+            f"{number_of(one['images'] // one['views'], 'image')} x {number_of(one['views'], 'view')},"
+            f" {one['computed']:,} of {number_of(one['images'], 'row')} computed now in "
             f"{console.duration(one['seconds'])}; {size(one['bytes'])}\n{one['folder']}"
         )
     if not found:

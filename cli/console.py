@@ -125,6 +125,21 @@ def grouped(rows: list[tuple[str, list[Any]]]) -> list[list[Any] | str]:
     return [row for group, members in groups for row in (group, *(cells for _, cells in members))]
 
 
+def confirm(question: str) -> None:
+    """Ask on stderr, and end the command where the answer is not yes.
+
+    Raises:
+        RemapError: Nobody can answer.
+    """
+    import typer
+
+    from remap.errors import RemapError
+
+    if not sys.stdin.isatty():
+        raise RemapError("this asks for confirmation, and stdin is not a terminal", do="confirm with --yes")
+    typer.confirm(question, abort=True, err=True)
+
+
 def emit(value: Any) -> None:
     """Print one JSON object on stdout."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")

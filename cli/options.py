@@ -34,6 +34,7 @@ Devices = Annotated[
 Multilabel = Annotated[
     bool, typer.Option("--multilabel", help="Images have any number of labels (task: multilabel in a recipe).")
 ]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.", rich_help_panel=_RUN)]
 
 

@@ -76,17 +76,18 @@ def show(summary: dict[str, Any]) -> None:
     )
     data = summary["data"]
     name = metric_of(summary)
-    title = f"{Path(data['source']).name}: {name} on {data['val_images']} images, trained on {data['train_images']}"
+    trained = f"trained on {data['train_images']}" if student["trainable_parameters"] else "nothing trained"
+    title = f"{Path(data['source']).name}: {name} on {data['val_images']} images, {trained}"
     if label_free or student["accuracy"] is None:
-        title = f"trained on {data['train_images']} images without labels"
-    elif data["labeled_images"] < data["train_images"]:
+        title = f"{trained} images without labels" if student["trainable_parameters"] else trained
+    elif student["trainable_parameters"] and data["labeled_images"] < data["train_images"]:
         title += f" ({data['labeled_images']} with labels)"
     console.table(title, ["", name, "parameters", "trained", "saved size"], rows, right=(1, 2, 3, 4))
     if label_free:
         _show_backbone(summary)
         return
     if "test_accuracy" in student:
-        console.line(f"{name} on the test folder, looked at once: {student['test_accuracy']:.1%}")
+        console.line(f"{name} on the test images, looked at once: {student['test_accuracy']:.1%}")
     if "choice" in summary:
         console.line(choice_in_words(summary))
     from remap.pipeline.rule_of_thumb import losing_case  # imports the recipe's schema, which listings do not need
@@ -97,7 +98,7 @@ def show(summary: dict[str, Any]) -> None:
     run = shlex.quote(summary["run_dir"])
     console.line(
         f"{console.duration(summary['seconds'])} in all. Run: {summary['run_dir']}\n"
-        f"next: remap predict {run} IMAGES...   remap eval {run}"
+        f"next: remap predict {run} IMAGES...   remap eval {run}{'' if data['val_images'] else ' --data FOLDER'}"
     )
 
 

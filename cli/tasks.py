@@ -57,6 +57,21 @@ def switch(shelf: ShelfPath, name: Annotated[str, typer.Argument(help="A task.",
 
 
 @tasks.command()
+def remove(
+    shelf: ShelfPath,
+    name: Annotated[str, typer.Argument(help="A task.", show_default=False)],
+    yes: opt.Yes = False,
+) -> None:
+    """Remove a task and its files from the shelf; the run that it was added from stays."""
+    found = _open(shelf)
+    found.folder(name)  # refuses an unknown one before it asks
+    if not yes:
+        console.confirm(f"Remove the task {name} from {shelf}?")
+    found.remove(name)
+    _show(shelf, _open(shelf).rows())
+
+
+@tasks.command()
 def verify(
     shelf: Annotated[
         Path, typer.Argument(metavar="SHELF", help="A shelf, or a run that extends others.", show_default=False)

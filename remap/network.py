@@ -53,10 +53,16 @@ class Network:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """``trained``, the head, and the buffers that training changes: what a checkpoint or a task has to hold."""
+        """``trained``, the head, and the buffers that training changes: what a checkpoint has to hold."""
         buffers = dict(self.model.named_buffers())
         names = (*self.attached.buffers, *(name for name in buffers if self.anatomy.is_head(name)))
         return self.trained | self.head | {name: buffers[name] for name in names}
+
+    @property
+    def in_task(self) -> dict[str, Tensor]:
+        """What a task holds: ``tensors``, and the frozen weights where they are random, which no other file holds."""
+        frozen = dict(self.model.named_parameters()) if self.identity.weights == "none" else {}
+        return frozen | self.tensors
 
     @property
     def learns_batch_statistics(self) -> bool:

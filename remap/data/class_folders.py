@@ -59,6 +59,14 @@ class ClassFolders(LabeledFiles):
 
 def _require_images(word: str, inside: Listing, layout: Layout, splits: BySplit, skipped: Skipped, level: int) -> None:
     if not any(splits.values()):
+        images = [path for path in inside.paths if why_left_out(path) is None and layout.root_of(path) is not None]
+        deep = max((path.removeprefix(layout.root_of(path) or "").count("/") for path in images), default=0)
+        if 0 < deep < level:  # they are in class folders, of a lower level than is given
+            raise DataError(
+                f"no images {level} folders deep",
+                given=f"{word}: {number_of(len(images), 'image')}, {number_of(deep, 'folder')} deep",
+                do=f"add --set data.depth={deep} in place of {level} (remap data check and init: --depth {deep})",
+            )
         raise DataError(
             "no images in class folders",
             given=f"{word} ({number_of(len(inside.paths), 'file')}{also_left_out(skipped)})",

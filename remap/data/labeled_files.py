@@ -125,7 +125,10 @@ def _require_classes(word: str, by_class: ByClass, skipped: Skipped, least: int)
 def table_hint(word: str, skipped: Skipped) -> str | None:
     """Return what to do where there are no class folders, but a file that may hold the labels."""
     for endings, do in (
-        ((*TABLES, ".parquet"), "if {0} holds the labels, name it: --data {1}/{0}"),
+        (TABLES, "if {0} holds the labels, name it: --data {1}/{0}"),
+        # With all files of the folder, which may be splits.
+        ((".parquet",), "if these are Parquet files of images, write parquet: before it: --data parquet:{1}"),
+        ((".cls", ".tar"), "if these are WebDataset shards, write webdataset: before it: --data webdataset:{1}"),
         ((".json", ".jsonl", ".xlsx"), "if {0} holds the labels, convert it to a CSV and name that"),
     ):
         table = next((name for name, _ in skipped if name.lower().endswith(endings)), None)
@@ -163,4 +166,4 @@ def _with_splits(word: str, splits: BySplit, skipped: Skipped, least: int) -> Im
             raise DataError(f"classes in {name} that train lacks", given=error.given, allowed=error.allowed, do=do)
     train, val = _split(parts["train"], classes), _split(parts["val"], classes)
     test = _split(parts["test"], classes) if parts.get("test") else None
-    return ImageData(word, classes, train, val, test, tuple(skipped), "the source's own train and evaluation folders")
+    return ImageData(word, classes, train, val, test, tuple(skipped), "the source's own training and evaluation images")

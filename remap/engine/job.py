@@ -165,7 +165,8 @@ def bytes_of_a_run(student: Network, objective: Objective, teachers: Sequence[Te
     changing = sum(tensor.nbytes for tensor in tensors_of(student, objective, teachers).values())
     # AdamW's two moments; its step counts are too small to matter.
     moments = 2 * sum(parameter.nbytes for parameter in parameters_of(student, objective).values())
-    return (3 * (changing + more + moments) if spec.by_steps else 0) + changing
+    task = sum(tensor.nbytes for tensor in student.in_task.values())
+    return (3 * (changing + more + moments) if spec.by_steps else 0) + max(changing, task)
 
 
 def epoch_plan(job: Job, accumulation: int) -> EpochPlan:

@@ -31,8 +31,22 @@ def read_safetensors(path: Path, wanted: Callable[[str], bool] = lambda _name: T
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118 - not a mapping
     except Exception as error:  # of strange types and sizes, torch and the reader raise many kinds
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_lines(error)
-        raise WeightsError(f"cannot read {path} as safetensors: {reason or type(error).__name__}") from error
+        raise WeightsError(f"cannot read {path} as safetensors: {_reason(error)}") from error
+
+
+def file_problem(path: Path) -> str:
+    """Return why a safetensors file cannot be read, by its header and length; empty where it can. Reads no tensor."""
+    try:
+        _require_readable(path)
+        with safe_open(path, framework="pt"):
+            return ""
+    except Exception as error:  # as above
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_lines(error)
+    return reason or type(error).__name__
 
 
 def read_metadata(path: Path) -> dict[str, str]:

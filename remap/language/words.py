@@ -45,12 +45,16 @@ def class_words(given: Sequence[str] | str) -> dict[str, tuple[str, ...]]:
         DataError: The file cannot be read, a name is given twice or is none, or there are fewer than two.
     """
     found: dict[str, tuple[str, ...]] = {}
-    for entry in _listed(given) if isinstance(given, str) else given:
+    for number, entry in enumerate(_listed(given) if isinstance(given, str) else given, 1):
         name, words = _parts(entry)
         unfit = next(filter(None, map(name_problem, (name, *words))), None)
         if not words or not name or unfit or name in found:
             why = f"holds {unfit}" if unfit else "is given twice" if name in found else "has no word"
-            raise DataError(f"a class {why}", given=plain(entry)[:80], allowed="ant, hat|cap, or NAME: hat|cap")
+            raise DataError(
+                f"a class {why}",
+                given=plain(entry)[:80] or f"class {number} is empty",
+                allowed="ant, hat|cap, or NAME: hat|cap",
+            )
         found[name] = words
     if len(found) < 2:
         raise DataError(
@@ -206,7 +210,8 @@ def texts_of(
 
 def _listed(file: str) -> Sequence[str]:
     if expanded(file).suffix != ".json":
-        return [line.strip() for line in _text(file).splitlines() if line.strip()]
+        text = _text(file, do='check the path; classes themselves are given with commas: --classes "ant,bee"')
+        return [line.strip() for line in text.splitlines() if line.strip()]
     values = _json(file)
     if isinstance(values, list) and all(isinstance(value, str) for value in values):
         return values
@@ -233,12 +238,10 @@ def _mapping(file: str, values: Any) -> dict[str, tuple[str, ...]]:
     raise DataError(f"cannot read {file}: it is not a mapping of classes to a text each, or a list of texts")
 
 
-def _text(file: str) -> str:
+def _text(file: str, do: str = "check the path") -> str:
     path: Path = expanded(file)
     try:
         return read_regular(path, MOST_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or "it is not text in UTF-8"
-        raise DataError(
-            f"cannot read {plain(str(path))}: {reason}", do="several classes are given with commas"
-        ) from error
+        raise DataError(f"cannot read {plain(str(path))}: {reason}", do=do) from error

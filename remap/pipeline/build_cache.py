@@ -30,7 +30,8 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
     Says what they take before they are computed: images, views, bytes, time. A build that was stopped continues.
 
     Returns:
-        One entry per teacher: teacher, key, folder, items, images, computed, bytes, seconds. With ``teacher.folds``
+        One entry per teacher: teacher, key, folder, items, images (rows, one for each view), views, computed, bytes,
+        seconds. With ``teacher.folds``
         one for each fold, and one (fold 0) for images without labels, where there are any.
     """
     check_processes(recipe.train.processes)
@@ -107,5 +108,8 @@ def _require_cacheable(recipe: Recipe) -> None:
         changing = what_changes(spec, recipe.data)
         if spec.model == EMA and len(recipe.teachers) > 1:
             continue  # the outputs of the others are stored
+        if spec.cache == "off":
+            line = f"teacher {spec.model}: teacher.cache=off caches nothing, and a run with it reads nothing"
+            raise RecipeError([f"{line} (leave it out)"], "cache build")
         if changing is not None:
             raise RecipeError([f"teacher {spec.model}: nothing can be cached, since {changing}"], "cache build")

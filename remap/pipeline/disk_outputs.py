@@ -95,7 +95,8 @@ def _store_share(
         "key": store.folder.name,
         "folder": str(store.folder),
         "items": [{"name": n, "shape": list(form.shape), "bytes": sizes[n]} for n, form in items.items()],
-        "images": views.count,
+        "images": views.count,  # rows: each view of an image counts
+        "views": views.views,
         "computed": cached.computed,
         "bytes": store.nbytes,
         "seconds": round(time.perf_counter() - started, 2),

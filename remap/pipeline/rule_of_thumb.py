@@ -3,13 +3,34 @@
 from collections.abc import Mapping
 from typing import Any
 
+from remap.io.human_size import number_of
 from remap.recipe.schema import EMA, SELF
+from remap.runs.interval import difference
+from remap.runs.summary_schema import measured_of
 from remap.tuning import rows_of
 
 RULE = "a teacher pays most where few images have labels and many others have none (--unlabeled)"
 
 
 def losing_case(summary: Mapping[str, Any]) -> str | None:
+    """Return the line of a run whose teacher does not pay, and whether so few images can tell; else None."""
+    advice = _advice(summary)
+    return None if advice is None else advice + _chance(summary)
+
+
+def _chance(summary: Mapping[str, Any]) -> str:
+    """Return that the evaluation images do not tell what is compared apart; empty where they do."""
+    other, name = summary.get("baseline"), "labels alone"
+    if other is None:
+        other, name = summary["teacher"], "its teacher"
+    if None in (other["accuracy"], summary["student"]["accuracy"]):
+        return ""
+    low, high = difference(measured_of(summary, summary["student"]), measured_of(summary, other))
+    images = number_of(summary["data"]["val_images"], "evaluation image")
+    return f" (by chance, perhaps: {images} do not tell the student from {name})" if low <= 0 <= high else ""
+
+
+def _advice(summary: Mapping[str, Any]) -> str | None:
     """Return one line for a run whose teacher is not better than its student, or that gained nothing by it; else None.
 
     Of a run without a baseline, which cannot tell, only what loses most often: prompts where all images have labels.

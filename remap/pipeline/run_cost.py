@@ -153,7 +153,7 @@ def run_cost(
     alone = alone / processes if has_baseline else 0.0
     trials = len(objectives(recipe)) if recipe.choose_losses else 0
     trying = trials * EPOCHS * (1 - HELD_OUT) * step_seconds * steps
-    task = sum(p.numel() * p.element_size() for p in components.student.trained.values()) + TASK_RECORD
+    task = sum(tensor.nbytes for tensor in components.student.in_task.values()) + TASK_RECORD
     of_run = bytes_of_a_run(components.student, components.objective, list(teachers.values()), spec)
     width = max((p[0].numel() for p in components.student.head.values() if p.ndim > 1), default=0)
     # Gradients and activations of steps, or features of all images and their products, both float64.

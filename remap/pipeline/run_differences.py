@@ -38,7 +38,7 @@ def compare(first: RunDir, second: RunDir) -> dict[str, Any]:
     checks.append(_history_check(history(first), history(second)))
     for name, read in FIGURES.items():
         what, values = name.replace("accuracy", metric_of(before)), (read(before), read(after))
-        # Not every run has every figure: no test folder, no teacher.
+        # Not every run has every figure: no test images, no teacher.
         if values != (None, None):
             checks.append(_check(what, *map(_words, values), equal=values[0] == values[1]))
     return {
@@ -61,7 +61,7 @@ def history(run: RunDir) -> list[dict[str, Any]]:
 # Entries of a summary that have to be equal.
 FIGURES = {
     "accuracy": lambda s: _accuracy(s["student"]),
-    "accuracy on the test folder": lambda s: s["student"].get("test_accuracy"),
+    "accuracy on the test images": lambda s: s["student"].get("test_accuracy"),
     "accuracy by labels alone": lambda s: _accuracy(s["baseline"]) if "baseline" in s else None,
     "images": lambda s: s["data"]["fingerprint"],
     "backbone": lambda s: s["student"]["backbone_sha256"],

@@ -129,7 +129,7 @@ def summarize(
             "model": student.identity.model,
             "backbone_sha256": student.identity.sha256,
             **_accuracy(components, untrained, final, recorder.judged_before),
-            "trainable_parameters": student.num_trainable,
+            "trainable_parameters": 0 if recipe.train.fit == "none" else student.num_trainable,
             "total_parameters": student.num_parameters,
             "flops": forward_flops(student),
         },

@@ -60,7 +60,12 @@ def _loss_problems(recipe: Recipe) -> Iterator[str]:
     names = [loss.name for loss in recipe.losses]
     known = all(name in LOSSES for name in names)  # nothing is known of what an unknown one would do
     counting = [loss for loss in recipe.losses if loss.weight]
-    if not names:
+    if not names and recipe.has_default_losses:  # each of them is idle
+        yield (
+            f"losses: no image has a label, and {recipe.method.name} changes nothing that a teacher without classes"
+            " could teach (name labelled images with --data, or classes with --classes, or take another method)"
+        )
+    elif not names:
         yield "losses: at least one loss is needed"
     elif known and not counting:
         yield "losses: every weight is 0, nothing would be learned"

@@ -295,12 +295,8 @@ def _backbone_of_run(path: Path, num_classes: int, behind: tuple[str, ...]) -> B
 
 
 def task_tensors(network: Network) -> dict[str, Tensor]:
-    """Return what a task holds, on the CPU; if the network is sharded, every process has to call it.
-
-    That is what is trained, and also the frozen weights where they are random, since no other file holds those.
-    """
-    frozen = dict(network.model.named_parameters()) if network.identity.weights == "none" else {}
-    return {name: gather_full(t.detach()).cpu().contiguous() for name, t in (frozen | network.tensors).items()}
+    """Return what a task holds, on the CPU; if the network is sharded, every process has to call it."""
+    return {name: gather_full(t.detach()).cpu().contiguous() for name, t in network.in_task.items()}
 
 
 def _put(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -9,6 +9,7 @@ SHELF/.lock                held by the process that changes it
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from remap.io.locks import one_by_one
 from remap.io.names import look_alike, plain
 from remap.io.paths import expanded
 from remap.io.sealed_json import parse_sealed, sealed_text
-from remap.io.tensor_files import first_lines, read_safetensors
+from remap.io.tensor_files import file_problem, first_lines, read_safetensors
 from remap.pipeline.student_api import Student
 from remap.recipe.schema import ModelSpec
 from remap.runs.task import beside, open_backbone
@@ -97,10 +98,15 @@ class Shelf:
             if not sealed:
                 raise ValueError("it is not sealed")
             self._content = _Content.model_validate(values)
-        except (OSError, ValueError, ValidationError) as error:
-            reason = error.strerror if isinstance(error, OSError) else plain(str(error)).splitlines()[0]
+        except OSError as error:
             do = "`remap tasks add SHELF NAME=RUN` makes a shelf"
-            raise RunError(f"{self.path} is not a shelf of tasks: shelf.json: {reason}", do=do) from error
+            raise RunError(f"{self.path} is not a shelf of tasks: shelf.json: {error.strerror}", do=do) from error
+        except (ValueError, ValidationError) as error:
+            raise RunError(
+                f"the shelf {self.path} is damaged: shelf.json was changed, or is not complete",
+                given=plain(str(error)).splitlines()[0],
+                do="copy shelf.json back from another copy of the shelf, or add the runs to a new one",
+            ) from error
 
     @staticmethod
     def is_at(path: str | Path) -> bool:
@@ -137,6 +143,8 @@ class Shelf:
     def _before_adding(cls, path: Path, folders: Mapping[str, Path], tasks: Mapping[str, TaskMeta]) -> "Shelf | None":
         """Return the shelf that tasks can be added to; None where it has to be made."""
         shelf = cls(path) if cls.is_at(path) else None
+        if shelf is not None and (problem := shelf.backbone_problem):
+            raise RunError(f"the shelf {path} is damaged: {problem}", do="add the runs to a new shelf")
         first = next(iter(tasks.values()))
         model, sha256 = first.backbone.model, first.backbone.sha256
         if shelf is None:
@@ -145,7 +153,8 @@ class Shelf:
             model, sha256 = shelf._content.backbone.model, shelf._content.backbone.sha256
         for name, meta in tasks.items():
             if shelf is not None and name in shelf.names:
-                raise RunError(f"{path} has a task {name} already", do="choose another name")
+                do = "choose another name, or remove that one: remap tasks remove SHELF NAME"
+                raise RunError(f"{path} has a task {name} already", do=do)
             # Where the file system takes both for one folder, the second task would replace the first.
             others = [*(shelf.names if shelf else ()), *tasks]
             if alike := look_alike(name, [other for other in others if other != name]):
@@ -184,11 +193,11 @@ class Shelf:
         """The folder of the current task.
 
         Raises:
-            RunError: The shelf is empty.
+            RunError: The shelf is empty, or a file of the task is missing.
         """
         if self.current is None:
             raise RunError(f"{self.path} holds no task", do="add one: remap tasks add SHELF NAME=RUN")
-        return self.folder(self.current)
+        return self._whole(self.current)
 
     def switch(self, name: str) -> None:
         """Make a task the current one."""
@@ -197,9 +206,32 @@ class Shelf:
             self.folder(name)
             self._write(current=name)
 
+    def remove(self, name: str) -> None:
+        """Take a task off the shelf, with its files; the run that it was added from stays.
+
+        The first of the others becomes the current one where it was that.
+
+        Raises:
+            UnknownName: There is no such task.
+        """
+        with _changing(self.path):
+            self._content = Shelf(self.path)._content  # another process may have added tasks meanwhile
+            folder, left = self.folder(name), {n: files for n, files in self._content.tasks.items() if n != name}
+            current = next(iter(left), None) if self.current == name else self.current
+            self._write(tasks=left, current=current)  # first: files that no shelf names do no harm
+            if folder.exists():
+                shutil.rmtree(folder)
+
     def rows(self) -> list[ShelfRow]:
-        """Return what is in it; no file is hashed."""
-        return [self._row(name) for name in self.names]
+        """Return what is in it; no file is hashed. The backbone has a row where its file cannot be read."""
+        problem = self.backbone_problem
+        return [*([ShelfRow("(backbone)", problem=problem)] if problem else []), *map(self._row, self.names)]
+
+    @property
+    def backbone_problem(self) -> str:
+        """Why the weights cannot be read, by their header and length; empty where they can."""
+        reason = file_problem(self.path / "backbone" / _WEIGHTS)
+        return f"backbone/{_WEIGHTS}: {reason}" if reason else ""
 
     def verify(self) -> list[ShelfRow]:
         """Return the backbone and every task, each with what is wrong with its files: compares all hashes."""
@@ -216,6 +248,9 @@ class Shelf:
 
     def backbone(self) -> Backbone:
         """Open the frozen backbone."""
+        if problem := self.backbone_problem:
+            do = "copy it back from another copy of the shelf, or add the runs to a new one"
+            raise RunError(f"the shelf {self.path} is damaged: {problem}", do=do)
         spec, folder = self._content.backbone, (self.path / "backbone").absolute()
         weights, size = folder / _WEIGHTS, spec.image_size
         if is_pair(spec.model):  # the language part is in its own files
@@ -225,13 +260,24 @@ class Shelf:
 
     def open(self, device: str | torch.device | None = None) -> MultiTask:
         """Load all tasks on the shelf's backbone, the current one first in use."""
-        tasks = MultiTask(self.backbone(), {name: self.folder(name) for name in self.names}, device)
+        tasks = MultiTask(self.backbone(), {name: self._whole(name) for name in self.names}, device)
         tasks.current = self.current or tasks.current
         return tasks
 
     def open_current(self, device: str | torch.device | None = None) -> Student:
         """Load the current task on the shelf's backbone, and no other."""
-        return MultiTask(self.backbone(), {"current": self.current_folder}, device).switch("current")
+        folder = self.current_folder
+        return MultiTask(self.backbone(), {"current": folder}, device).switch("current")
+
+    def _whole(self, name: str) -> Path:
+        """Return the folder of a task whose files are there."""
+        folder = self.folder(name)
+        if missing := [file for file in FILES if not (folder / file).is_file()]:
+            raise RunError(
+                f"the shelf {self.path} is damaged: tasks/{name}/{missing[0]} is missing",
+                do=f"remove the task (remap tasks remove SHELF {name}), then add its run again",
+            )
+        return folder
 
     def _row(self, name: str, problem: str = "") -> ShelfRow:
         folder = self.folder(name)

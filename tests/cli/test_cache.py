@@ -112,7 +112,7 @@ def test_a_person_is_asked(root: Path, answer: str, left: int) -> None:
     command = [sys.executable, "-m", "remap_cli", "cache", "clear", "--all"]
     done = subprocess.run(command, stdin=terminal, capture_output=True, text=True, check=False)
     os.close(keyboard), os.close(terminal)
-    assert "Delete 1 teacher cache?" in done.stderr and "vit, 2 images" in done.stderr
+    assert "Delete 1 teacher cache?" in done.stderr and "vit, 2 rows" in done.stderr
     assert done.returncode == left and len(list(root.iterdir())) == left
 
 
@@ -152,6 +152,7 @@ def test_build_takes_the_words_of_distill(
         "folder": str(root / "ab"),
         "items": [{"name": "logits", "shape": [2], "bytes": 672}, {"name": "scalar", "shape": [], "bytes": 576}],
         "images": 24,
+        "views": 2,
         "computed": 20,
         "bytes": 1248,
         "seconds": 1.5,
@@ -163,7 +164,7 @@ def test_build_takes_the_words_of_distill(
     assert recipe.data.source == str(pictures) and recipe.train.batch_size == 8
     assert [loss.name for loss in recipe.losses] == ["ce", "kd"]
     shown = remap(*words).stdout
-    for part in ("24 images, 20 of them computed now in 1.5 s", "mini_teacher", "logits", "1.2 kB", str(root / "ab")):
+    for part in ("12 images x 2 views, 20 of 24 rows computed now in 1.5 s", "mini_teacher", "logits", "1.2 kB", str(root / "ab")):
         assert part in shown.replace("\n", "")
 
 

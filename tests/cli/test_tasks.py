@@ -22,6 +22,12 @@ def test_a_shelf_from_add_to_predict(run: str, remap: Callable[..., Result], pic
     listed = json.loads(remap("tasks", "ls", "shelf", "--json").stdout)
     assert [(row["name"], row["current"]) for row in listed] == [("one", False), ("two", True)]
     assert remap("tasks", "verify", "shelf").exit_code == 0
+    assert remap("tasks", "add", "shelf", f"three={run}").exit_code == 0
+    asked = remap("tasks", "remove", "shelf", "three")
+    assert asked.exit_code == 2 and "confirm with --yes" in asked.message
+    removed = remap("tasks", "remove", "shelf", "three", "--yes")
+    assert removed.exit_code == 0 and "three" not in removed.stdout
+    assert "no task 'three'" in remap("tasks", "remove", "shelf", "three", "--yes").message
     misplaced = remap("tasks", "add", run, f"one={run}")
     assert misplaced.exit_code == 2 and "is not a shelf, and not empty" in misplaced.message
     assert not Path(run, "shelf.json").exists()

@@ -169,7 +169,7 @@ def test_the_test_folder_is_in_the_summary_and_shown(
     result = remap("tune", "--data", data, "--method", "linear", *tiny, "--output", "r")
     assert result.exit_code == 0, getattr(result, "message", result.output)
     share = json.loads((tmp_path / "r" / "summary.json").read_text())["student"]["test_accuracy"]
-    assert f"{share:.1%}" in result.stdout.partition("test folder")[2]
+    assert f"{share:.1%}" in result.stdout.partition("test images")[2]
     assert "y]: accuracy on 12 images" in " ".join(result.stdout.split())
 
 

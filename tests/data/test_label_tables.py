@@ -172,7 +172,8 @@ def test_tables_are_utf_8_and_have_no_levels(tree: Tree) -> None:
         ("labels.csv", "if labels.csv holds the labels, name it: --data {0}/labels.csv"),
         ("train.tsv", "if train.tsv holds the labels, name it: --data {0}/train.tsv"),
         ("metadata.jsonl", "if metadata.jsonl holds the labels, convert it to a CSV and name that"),
-        ("x.parquet", "if x.parquet holds the labels, name it: --data {0}/x.parquet"),
+        ("x.parquet", "if these are Parquet files of images, write parquet: before it: --data parquet:{0}"),
+        ("a.tar", "if these are WebDataset shards, write webdataset: before it: --data webdataset:{0}"),
     ],
 )
 @pytest.mark.parametrize("folder", ["images/", ""])

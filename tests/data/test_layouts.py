@@ -189,6 +189,8 @@ def test_classes_that_may_lie_deeper_are_refused_with_the_level(
     text = refusal(root := tree(files))
     assert f"the classes may lie {level} levels deep" in text and f"for {named} ... as classes" in text
     assert f"--set data.depth={level}" in text and "--set data.depth=1" in text
+    said = refusal(root, level + 2)
+    assert f"{len(files)} images, {level} folders deep" in said and f"add --set data.depth={level} in place of" in said
     deep, top = opened(root, level), opened(root, 1)
     assert len(deep.classes) == len(files) // 4 and ", ".join(deep.classes).startswith(named)
     assert sorted({name.split("/")[0] for name in deep.classes}) == list(top.classes)

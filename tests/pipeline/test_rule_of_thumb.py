@@ -28,12 +28,30 @@ def test_it_speaks_where_the_teacher_loses_and_nowhere_else(
         "method": method,
         "student": {"accuracy": student},
         "teacher": {"model": "mini_teacher", "accuracy": teacher},
-        "data": {"labeled_images": labeled, "train_images": 100},
+        "data": {"labeled_images": labeled, "train_images": 100, "val_images": 10_000},
     }
     if alone is not None:
         summary["baseline"] = {"accuracy": alone}
     found = losing_case(summary)
     assert found is None if says is None else found is not None and found.startswith(says)
+    assert "by chance" not in (found or "")
+
+
+@pytest.mark.parametrize(("alone", "who"), [(0.9, "labels alone"), (None, "its teacher")])
+def test_it_says_where_so_few_images_cannot_tell(alone: float | None, who: str) -> None:
+    """One image of 30 lies well within the interval of a share of 0.9 (Newcombe 1998)."""
+    summary: dict[str, Any] = {
+        "method": "lora",
+        "student": {"accuracy": 26 / 30},
+        "teacher": {"model": "mini_teacher", "accuracy": 25 / 30},
+        "data": {"labeled_images": 60, "train_images": 60, "val_images": 30},
+    }
+    if alone is not None:
+        summary["baseline"] = {"accuracy": alone}
+    found = losing_case(summary)
+    assert found is not None and found.endswith(
+        f"(by chance, perhaps: 30 evaluation images do not tell the student from {who})"
+    )
 
 
 def test_it_says_nothing_of_a_teacher_made_of_the_student() -> None:

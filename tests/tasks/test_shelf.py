@@ -175,3 +175,51 @@ def test_what_does_not_belong_is_refused(shelf: Path, make_task: MakeTask, tiny:
     (shelf / "shelf.json").write_text(json.dumps({**content, "current": "leaves"}))
     with pytest.raises(RunError, match="does not fit its own SHA-256"):
         Shelf(shelf)
+
+
+def test_a_task_is_removed_and_its_name_is_free(shelf: Path, make_task: MakeTask) -> None:
+    """The others answer as before; the first of them becomes the current one."""
+    views = torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    before = Shelf(shelf).open("cpu").student("cars").logits_of_views(views)
+    found = Shelf(shelf)
+    with pytest.raises(UnknownName, match="there is no task 'trees'"):
+        found.remove("trees")
+    found.remove("birds")
+    assert not (shelf / "tasks" / "birds").exists() and Shelf(shelf).names == ["cars", "leaves"]
+    assert Shelf(shelf).current == "cars" and not [row for row in found.verify() if row.problem]
+    assert torch.equal(Shelf(shelf).open("cpu").student("cars").logits_of_views(views), before)
+    Shelf.with_task(shelf, "birds", make_task("again", "lora", ("a", "b")))
+    for name in TASKS:
+        Shelf(shelf).remove(name)
+    assert Shelf(shelf).current is None and Shelf(shelf).names == []
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_nothing_is_added_to_a_shelf_without_its_backbone(shelf: Path, make_task: MakeTask, damage: str) -> None:
+    weights = shelf / "backbone" / "model.safetensors"
+    weights.unlink() if damage == "gone" else weights.write_bytes(weights.read_bytes()[:1000])
+    task = make_task("new", "lora", ("a", "b"))
+    for use in (lambda: Shelf.with_task(shelf, "new", task), Shelf(shelf).open, Shelf(shelf).open_current):
+        with pytest.raises(RunError, match=r"is damaged: backbone/model.safetensors: [\s\S]*\n  do: "):
+            use()
+    first, *others = Shelf(shelf).rows()
+    assert first.name == "(backbone)" and first.problem and not [row for row in others if row.problem]
+    assert not (shelf / "tasks" / "new").exists()
+
+
+def test_a_missing_task_says_how_to_put_it_back(shelf: Path, make_task: MakeTask) -> None:
+    shutil.rmtree(shelf / "tasks" / "birds")
+    for use in (Shelf(shelf).open, lambda: Shelf(shelf).current_folder):
+        with pytest.raises(RunError, match=r"tasks/birds/task.json is missing\n  do: .* remove SHELF birds"):
+            use()
+    Shelf(shelf).remove("birds")  # as it says
+    Shelf.with_task(shelf, "birds", make_task("again", "lora", ("a", "b")))
+    assert not [row for row in Shelf(shelf).verify() if row.problem]
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"format": 1}'])
+def test_a_changed_list_of_tasks_is_damage_and_no_missing_shelf(shelf: Path, make_task: MakeTask, content: str) -> None:
+    (shelf / "shelf.json").write_text(content)
+    for use in (lambda: Shelf(shelf), lambda: Shelf.with_task(shelf, "new", make_task("new", "lora", ("a", "b")))):
+        with pytest.raises(RunError, match="is damaged: shelf.json was changed, or is not complete"):
+            use()
