@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from remap.data import CLASSES, METRIC
+from remap.io.paths import expanded
 from remap.runs.interval import in_words
 from remap.runs.summary_schema import metrics_in_words
 from remap_cli import console, launch
@@ -34,6 +35,8 @@ def evaluate(
 
 
 def _show(run: Path, found: dict[str, Any]) -> None:
+    from remap.runs.run_dir import RunDir  # imports pydantic, which --help needs not
+
     rows = [
         [r["class"], f"{r['images']:,}", "-" if r["accuracy"] is None else f"{r['accuracy']:.1%}"]
         for r in found["classes"]
@@ -43,5 +46,10 @@ def _show(run: Path, found: dict[str, Any]) -> None:
     console.table(f"{run} on {found['data']}", ["class", "images", name], rows, right=(1, 2))
     metrics = metrics_in_words(found["metrics"], len(found["classes"]))
     console.line(", ".join(f"{words} {value:.1%}" for words, value in metrics.items()))
+    if any(not row["images"] for row in found["classes"]) and "sessions" in RunDir(expanded(run)).summary():
+        console.note(
+            "these are the images of the last session; those of earlier sessions are counted in the run's report and in"
+            " summary.json (sessions), and --data FOLDER evaluates others"
+        )
     for name, reason in found["skipped"]:
         console.note(f"skipped: {name} ({reason})")

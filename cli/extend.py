@@ -14,6 +14,8 @@ from remap_cli import options as opt
 if TYPE_CHECKING:
     from remap.pipeline.session_advice import Advice, Situation
 
+# Letters of class names in a cell of a table.
+_WIDEST = 40
 _HOW = "ranpac, prototypes, lwf, finetune (the lower bound), or the run's method (ease, l2p ...); see --explain."
 
 
@@ -87,13 +89,20 @@ def _explain(found: "Situation", advice: "list[Advice]") -> None:
     )
 
 
+def _some(names: list[str]) -> str:
+    """Return the first names, as many as a cell of a table holds, and how many others there are."""
+    shown = next(n for n in range(len(names), -1, -1) if len(", ".join(names[:n])) <= _WIDEST or n <= 1)
+    more = f" and {len(names) - shown} more" if shown < len(names) else ""
+    return ", ".join(names[:shown]) + more
+
+
 def show_sessions(summary: "dict[str, Any] | Any") -> None:
     """Print what the student answers on the images of each session."""
     found = summary["sessions"]
     share = lambda value: "-" if value is None else f"{value:.1%}"  # noqa: E731
     last = found["accuracy"][-1]
     rows = [
-        [number, ", ".join(one["classes"])[:40] or "the same", one["images"] or "-", share(right), size(one["bytes"])]
+        [number, _some(one["classes"]) or "the same", one["images"] or "-", share(right), size(one["bytes"])]
         for number, (one, right) in enumerate(zip(found["sessions"], last, strict=True), 1)
     ]
     columns = ["session", "new classes", "images", "accuracy", "saved size"]

@@ -23,4 +23,9 @@ def init(
     with console.Reporter() as progress:
         recipe = init_recipe(source, output, MULTILABEL if multilabel else CLASSES, progress, depth)
     console.line(f"{output}: {recipe.teachers[0].model} teaches {recipe.student.model}, {recipe.method.name}")
-    console.line(f"next: remap distill --recipe {shlex.quote(str(output))}")
+    levels = "" if depth is None else f" --depth {depth}"
+    several = " --multilabel" if multilabel else ""
+    console.line(
+        f"next: remap data check {shlex.quote(source)}{levels}{several} (reads every image)  "
+        f" remap distill --recipe {shlex.quote(str(output))}"
+    )

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from posixpath import basename, splitext
@@ -50,7 +51,7 @@ class LabelTable(Rows):
         label_at = _column("labels", named, LABEL + LABELS, header, word.rest, needed=needed)
         separator = options.get("separator")
         if needed and separator is None and (several or header[label_at] in LABELS):
-            do = f"state what stands between them: csv:{word.rest},separator=;"
+            do = f"state what stands between them: {shlex.quote(f'csv:{word.rest},separator=;')}"
             raise DataError("a column of several labels needs a separator", given=header[label_at], do=do)
         root = expanded(options.get("folder", expanded(word.rest).parent))
         find, listing = _finder(root), files_of(root)

@@ -118,7 +118,12 @@ def _require_fit(found: Situation, way: str, words: dict[str, Any]) -> None:
     elif found.method in ALONE and way != found.method:
         problems.append(f"--how {way}: a run that is tuned by {found.method} is extended by it alone")
     elif way in AT_ONCE:
-        problems = [f"--{name}: {way} takes no steps" for name in ("epochs", "lr") if words.get(name) is not None]
+        others = ", ".join(f"--how {name}" for name in ("lwf", "finetune"))
+        problems = [
+            f"--{name}: {way} takes no steps (leave it out, or take one that does: {others})"
+            for name in ("epochs", "lr")
+            if words.get(name) is not None
+        ]
     if problems:
         raise RecipeError(problems, "extend")
 

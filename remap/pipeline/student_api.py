@@ -1,6 +1,7 @@
 """The Python API besides ``remap.distill``: attach a method to a model, load a tuned student."""
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ class Student:
         self, images: Sequence[Image.Image | bytes | Path | str], threshold: float = 0.5
     ) -> list[list[tuple[str, float]]]:
         """Return all classes of each image that are as likely as ``threshold``, with their probabilities."""
+        require_share(threshold)
         rows = self.network.probabilities(self.logits(images)).tolist()
         return [[(name, p) for name, p in zip(self.classes, row, strict=True) if p >= threshold] for row in rows]
 
@@ -154,10 +156,23 @@ def several(images: Iterable[Image.Image | bytes | Path | str]) -> list[Image.Im
     if isinstance(images, str | bytes | Path | Image.Image):
         given = images if isinstance(images, str | Path) else type(images).__name__
         raise DataError("one image is given, where a list is read", given=given, do="write [image]")
+    kinds = "a list of paths, bytes or PIL images"
     if not isinstance(images, Iterable):
-        kinds = "a list of paths, bytes or PIL images"
         raise DataError("images are not a list", given=type(images).__name__, allowed=kinds)
-    return list(images)
+    found = list(images)
+    if wrong := [one for one in found if not isinstance(one, str | bytes | Path | Image.Image)]:
+        raise DataError("images are of another kind", given=type(wrong[0]).__name__, allowed=kinds)
+    return found
+
+
+def require_share(threshold: float | None) -> None:
+    """Refuse a threshold that no probability can have.
+
+    Raises:
+        RecipeError: It is not a number from 0 to 1.
+    """
+    if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+        raise RecipeError([f"threshold: should be a number from 0 to 1, got {threshold!r}"], "prediction")
 
 
 def load_student(run_dir: str | Path, device: str | torch.device | None = None) -> Student:

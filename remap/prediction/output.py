@@ -9,7 +9,7 @@ import fcntl
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,16 @@ from remap.prediction.predictions import Prediction
 
 LOOK_EVERY_S = 0.2
 SETTINGS = "settings.json"
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a command that continues another one has otherwise."""
+    for name in sorted({*before, *now}):
+        first, second = ("not given" if one.get(name) is None else one[name] for one in (before, now))
+        if first != second and name == "tasks":
+            yield "another run than before, or its files have changed"
+        elif first != second:
+            yield f"{name} was {first}, now {second}"
 
 
 class PredictionFile:
@@ -64,10 +74,10 @@ class PredictionFile:
             with _writing(path):
                 # Of two commands that start at once one writes it, and both lock that same file.
                 atomic_write.create_file(noted, atomic_write.json_text(self.settings).encode())
-        if process == 0 and read_run_json(noted) != self.settings:
+        if process == 0 and (before := read_run_json(noted)) != self.settings:
             raise RunError(
                 f"{self.folder} holds rows of another command",
-                given=f"{read_run_json(noted)}; now {self.settings}",
+                given="; ".join(_differences(before, self.settings)),
                 do="give the same options to continue, remove that folder, or choose another --output",
             )
         if process == 0:  # before the other processes begin

@@ -26,7 +26,7 @@ from remap.data.views import View
 from remap.distributed.launch import use_bf16
 from remap.errors import RecipeError, RunError
 from remap.network import Runner
-from remap.pipeline.student_api import Student
+from remap.pipeline.student_api import Student, require_share
 from remap.prediction.inputs import Item
 from remap.prediction.tent import Tent, adapting
 from remap.remapping.signals import Needs, Signals
@@ -103,9 +103,10 @@ class Wanted:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
                 raise RecipeError([f"{name}: should be a whole number of 1 or more, got {value!r}"], "prediction")
-        if self.threshold is not None and (self.top is not None or not 0 <= self.threshold <= 1):
+        require_share(self.threshold)
+        if self.threshold is not None and self.top is not None:
             raise RecipeError(
-                [f"threshold: {self.threshold} (allowed: 0 to 1, without a number of classes)"], "prediction"
+                ["threshold, top: both say how many classes a row has (leave one of the two out)"], "prediction"
             )
 
     def require_fit(self, students: Mapping[str, Student]) -> None:

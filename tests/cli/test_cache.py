@@ -164,7 +164,13 @@ def test_build_takes_the_words_of_distill(
     assert recipe.data.source == str(pictures) and recipe.train.batch_size == 8
     assert [loss.name for loss in recipe.losses] == ["ce", "kd"]
     shown = remap(*words).stdout
-    for part in ("12 images x 2 views, 20 of 24 rows computed now in 1.5 s", "mini_teacher", "logits", "1.2 kB", str(root / "ab")):
+    for part in (
+        "12 images x 2 views, 20 of 24 rows computed now in 1.5 s",
+        "mini_teacher",
+        "logits",
+        "1.2 kB",
+        str(root / "ab"),
+    ):
         assert part in shown.replace("\n", "")
 
 

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from typer.testing import Result
 
+from remap_cli.extend import _some
+
 
 @pytest.fixture
 def three(pictures: Path, tmp_path: Path) -> Path:
@@ -40,6 +42,8 @@ def test_sessions_from_the_first_to_a_report(remap: Callable[..., Result], three
         and "blue, green" in page
         and "Sessions" not in Path("first/report.html").read_text()
     )
+    evaluated = remap("eval", "second")
+    assert "images of the last session" in evaluated.stderr and "last session" not in remap("eval", "first").stderr
     verified = remap("tasks", "verify", "second", "--json")
     assert [row["same_features"] for row in json.loads(verified.stdout)] == [True, True]
     assert remap("tasks", "verify", "first").exit_code == 2  # neither a shelf nor extended
@@ -54,6 +58,19 @@ def test_sessions_from_the_first_to_a_report(remap: Callable[..., Result], three
     assert remap("tasks", "verify", "third").exit_code == 2
     memory = json.loads(Path("third.memory.json").read_text())
     assert sorted(image["label"] for image in memory["parts"][0]["images"]) == ["blue", "blue", "green", "green"]
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ([], ""),
+        (["ant", "bee"], "ant, bee"),
+        ([f"class {n}" for n in range(9)], "class 0, class 1, class 2, class 3 and 5 more"),
+        (["x" * 50, "y"], f"{'x' * 50} and 1 more"),
+    ],
+)
+def test_classes_that_a_cell_does_not_hold_are_counted(names: list[str], shown: str) -> None:
+    assert _some(names) == shown
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,11 @@ def test_one_image_is_no_list_and_a_device_has_to_be_here(make_task: MakeTask, p
             student.predict(one)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="images are not a list"):
         student.predict(None)  # type: ignore[arg-type]
+    for wrong in (np.zeros((8, 8, 3), np.uint8), None):
+        with pytest.raises(DataError, match="images are of another kind"):
+            student.predict([wrong])  # type: ignore[list-item]
+    with pytest.raises(RecipeError, match="threshold: should be a number from 0 to 1, got 7"):
+        student.predict_all([file], threshold=7)
     assert student.predict(one for one in (file,)) == student.predict([file])  # type: ignore[arg-type]
     views = torch.from_numpy(student.pixels(file))[None]
     for wrong in (views / 255, views[0], views[:, :, 1:], views.numpy()):
@@ -245,8 +250,13 @@ def test_parts_of_other_commands_are_not_continued(make_task: MakeTask, photos: 
     rows = predictions(open_students(run, "cpu"), items, Wanted())
     with open(file.folder / "0.part", "w") as part:
         part.writelines(json.dumps(one.to_dict()) + "\n" for image in islice(rows, 3) for one in image)
-    with pytest.raises(RunError, match="holds rows of another command"):
-        PredictionFile(path, {"tasks": {"": "x"}, "top": 2})
+    for settings, says in (
+        ({"tasks": {"": "x"}, "top": 2}, "top was 1, now 2"),
+        ({"tasks": {"": "y"}}, "another run than before, or its files have changed; top was 1, now not given"),
+    ):
+        with pytest.raises(RunError, match="holds rows of another command") as caught:
+            PredictionFile(path, settings)
+        assert caught.value.given == says
     for words in ([photos / "00.png"], [photos / "02.png", photos]):
         with pytest.raises(RunError, match="the images are not those"):
             file.predict(Inputs(words), lambda items: iter(()))
