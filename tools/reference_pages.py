@@ -163,8 +163,9 @@ print(remap.load_student(result.run_dir).predict(["photo.jpg"]))
 
 `import remap` imports no torch; the first use of a name below does. Every function raises `remap.RemapError` for what a
 user can mend; its attributes `what`, `given`, `allowed` and `do` say what was wrong, what was given, what is allowed
-and what to do. The library prints nothing itself: functions that take `progress` report to it, an object with
-`say(text)` and `wait(what, total)`, a context manager whose value has `advance(amount, **values)`
+and what to do. A value of a wrong Python type is a `TypeError`, as in any library. The library prints nothing itself:
+functions that take `progress` report to it, an object with `say(text)` and
+`wait(what, total)`, a context manager whose value has `advance(amount, **values)`
 (`remap.progress.Progress`).
 [tracking.md](tracking.md) shows callbacks after steps and epochs, and the losses in a training loop of your own.
 """

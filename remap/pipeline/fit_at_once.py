@@ -26,7 +26,7 @@ from remap.network import Network
 from remap.pipeline.adjusting import best_factor
 from remap.pipeline.components import RunComponents
 from remap.pipeline.epoch_recorder import EpochRecorder
-from remap.pipeline.probe import last_layers, pooled_features, write_head
+from remap.pipeline.probe import fit_probe, last_layers, pooled_features, write_head
 from remap.pipeline.sessions import images_of, sessions_of
 from remap.pipeline.shared import SharedResources
 from remap.progress import Progress
@@ -40,14 +40,17 @@ PENALTIES = tuple(10.0**power for power in range(-6, 2))
 def fit_at_once(
     components: RunComponents, recorder: EpochRecorder, shared: SharedResources, progress: Progress
 ) -> State:
-    """Fit the student's classifier by the recipe's ``train.fit``, and write the statistics beside the run.
+    """Fit the student's classifier by the recipe's ``train.fit``.
 
-    Of a run that is extended, its statistics are added; where it has none, they are computed from its images. The
-    penalty, and the scale of the logits, are chosen on a fifth of the new training images; then all count.
+    Class means and ridge regression leave their statistics beside the run. Of a run that is extended, its statistics
+    are added; where it has none, they are computed from its images. The penalty, and the scale of the logits, are
+    chosen on a fifth of the new training images; then all count.
 
     Raises:
         MissingData: Statistics of an earlier session are missing, and so are its images.
     """
+    if components.recipe.train.fit == "logistic":
+        return _by_logistic(components, recorder, progress)
     started = time.perf_counter()
     student, train, classes = components.student, components.recipe.train, len(components.student.classes or ())
     digest = features_digest(student)
@@ -78,9 +81,22 @@ def fit_at_once(
     how = f"ridge regression, penalty {penalty:.3g}" if train.fit == "ridge" else "class means"
     seconds = time.perf_counter() - started
     progress.say(f"fitted by {how} on {features_NF.shape[1]:,} features in {seconds:.1f} s")
-    record = {"epoch": 1, **recorder.after_epoch(), "seconds": seconds}
-    # No digest: a run that was stopped takes up no state, it is fitted again.
-    return State(digest="", epoch=1, seconds=seconds, history=[record])
+    return _ended(recorder, seconds)
+
+
+def _by_logistic(components: RunComponents, recorder: EpochRecorder, progress: Progress) -> State:
+    """Fit the classifier by logistic regression, as that of a probed teacher."""
+    started, student = time.perf_counter(), components.student
+    _last_layers(student)  # refuses methods with inputs of their own
+    size = batch_size_of_evaluation(components.recipe)
+    where = (student, components.views.train, size, progress, "training features")
+    features = pooled_features(*where, bf16=components.bf16)
+    strength = fit_probe(student, components.views.train, size, progress, features=features)
+    seconds = time.perf_counter() - started
+    progress.say(
+        f"fitted by logistic regression (C = {strength}) on {features[0].shape[1]:,} features in {seconds:.1f} s"
+    )
+    return _ended(recorder, seconds)
 
 
 def leave_untrained(job: Job, recorder: EpochRecorder) -> State:
@@ -90,8 +106,14 @@ def leave_untrained(job: Job, recorder: EpochRecorder) -> State:
     if job.sample is not None:
         with job.progress.wait(f"{job.recipe.method.name} looks at training images"):
             job.student.attached.prepare(job.sample)
-    record = {"epoch": 1, **recorder.after_epoch(), "seconds": time.perf_counter() - started}
-    return State(digest="", epoch=1, seconds=record["seconds"], history=[record])
+    return _ended(recorder, time.perf_counter() - started)
+
+
+def _ended(recorder: EpochRecorder, seconds: float) -> State:
+    """Evaluate, and return the state at the end of a run without steps."""
+    record = {"epoch": 1, **recorder.after_epoch(), "seconds": seconds}
+    # No digest: a run that was stopped takes up no state, it is fitted again.
+    return State(digest="", epoch=1, seconds=seconds, history=[record])
 
 
 def features_digest(network: Network) -> str:

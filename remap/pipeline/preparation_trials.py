@@ -5,11 +5,12 @@ import statistics
 from collections.abc import Generator, Mapping
 from pathlib import Path
 
+from remap.data.augmentation import Augmentation
 from remap.distributed.launch import accelerator
 from remap.io.human_size import number_of
 from remap.pipeline.nested_runs import open_or_create, require_unlinked
 from remap.progress import Progress
-from remap.recipe.schema import BASE_WIDTH, MethodSpec, Recipe
+from remap.recipe.schema import BASE_WIDTH, MethodSpec, Recipe, TrainSpec
 from remap.recipe.sections import Fold
 from remap.runs.run_dir import RunDir
 
@@ -25,18 +26,30 @@ FASTER = 5.0
 def ways_to_prepare(tuning: Recipe) -> dict[str, Recipe]:
     """Return the recipes that are tried, by name; of equal ones the first is taken, so the cheapest come first.
 
-    A head alone leaves weights as they are that know these images already; tuning all of them at two rates is for
-    images that they do not know.
+    A head alone, fitted at once, leaves weights as they are that know these images already; tuning all of them at two
+    rates is for images that they do not know.
 
     Args:
         tuning: That of the method ``full`` (``teacher_tuning.teacher_recipe``); a rate that it names is the only one.
     """
-    head = {"method": MethodSpec(name="linear"), "train": tuning.train.model_copy(update={"lr": None})}
-    ways = {"linear": tuning.model_copy(update=head), "full": tuning}
+    ways = {"probe": _head_alone(tuning), "full": tuning}
     if tuning.train.lr is None:
         faster = {"base_lr": FASTER * tuning.learning_rate(BASE_WIDTH)}
         ways["full-fast"] = tuning.model_copy(update={"train": tuning.train.model_copy(update=faster)})
     return ways
+
+
+def _head_alone(tuning: Recipe) -> Recipe:
+    """Return the recipe that fits a head on the frozen network, which sees each image once and as it is."""
+    # A section that is made anew leaves out all that steps and augmented images need.
+    train = {name: getattr(tuning.train, name) for name in ("batch_size", "precision", "fused_attention", "processes")}
+    plain = {"augment": "none", "views": None, "mixup": 0.0, "cutmix": 0.0, **dict.fromkeys(Augmentation.model_fields)}
+    update = {
+        "method": MethodSpec(name="linear"),
+        "train": TrainSpec(fit="logistic", **train),
+        "data": tuning.data.model_copy(update=plain),
+    }
+    return tuning.model_copy(update=update)
 
 
 def judged_parts(tuning: Recipe, images: int) -> int:

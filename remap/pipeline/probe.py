@@ -55,7 +55,7 @@ def fit_probe(
     if len(np.unique(labels_N)) < 2:
         raise DataError("a head needs readable training images of two classes at least", do="repair the images")
     features_ND = _into_last_layer(network, features_ND)
-    with progress.wait("fitting the teacher's head", len(STRENGTHS) + 1) as step:
+    with progress.wait("fitting the classifier", len(STRENGTHS) + 1) as step:
         fit: Callable[..., Probe | EachClass] = fit_logistic if labels_N.ndim == 1 else fit_each_class
         probe = fit(features_ND, labels_N, step)
     write_head(network, *probe.rows(len(network.classes or ())))
@@ -158,7 +158,7 @@ def write_head(network: Network, weight_CD: np.ndarray, bias_C: np.ndarray) -> N
     model, anatomy, weight, bias = network.model, network.anatomy, torch.from_numpy(weight_CD), torch.from_numpy(bias_C)
     heads = last_layers(network)
     if any(head.bias is None for head in heads):
-        do = "let a method tune it (teacher.prepare=full)"
+        do = "train it by steps: that of a teacher by teacher.prepare=full, a student by train.fit=gradient"
         raise BackboneError("a head cannot be fitted: the classifier has no bias", do=do)
     # The mean of classifiers that all have the whole map is that map.
     parts = [(weight, bias)] * len(heads)

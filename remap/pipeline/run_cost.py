@@ -131,7 +131,7 @@ def run_cost(
     steps = max(1, len(training_source.split) // spec.batch_size) * spec.epochs if spec.by_steps else 0
     online = sum(seconds for number, seconds in profile.teacher_seconds.items() if number not in cached)
     step_seconds = (profile.student_seconds + online) * spec.batch_size / processes if spec.by_steps else 0.0
-    fits = spec.fit in ("prototypes", "ridge")
+    fits = spec.fit in ("prototypes", "ridge", "logistic")
     once = sum(profile.teacher_seconds[number] for number in cached) * len(training_source.split) * recipe.finite_views
     once += profile.forward_seconds * len(training_source.split) / processes if fits else 0.0
     once += profile.stem_seconds * (len(training_source.split) + len(val.split))

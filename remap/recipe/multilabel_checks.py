@@ -45,7 +45,7 @@ def multilabel_problems(recipe: Recipe) -> Iterator[str]:
         "data.known_classes": data.known_classes is not None,
         "data.memory": data.memory is not None,
         "data.classes, data.templates, data.descriptions": data.speaks,
-        "train.fit": not train.by_steps,
+        "train.fit": not train.by_steps and train.fit != "logistic",
         "train.class_weight_by": train.class_weight_by != "loss",
         "student.extends": student.extends is not None,
         "teacher.top_k": any(one.top_k is not None for one in recipe.teachers),

@@ -272,9 +272,9 @@ class TrainSpec(Section):
     checkpoint_blocks: Annotated[bool, LATER] = Field(
         default=False, description="Compute blocks again in the backward pass: less memory, more time."
     )
-    fit: Annotated[Literal["gradient", "prototypes", "ridge", "none"], LATER] = Field(
+    fit: Annotated[Literal["gradient", "prototypes", "ridge", "logistic", "none"], LATER] = Field(
         default="gradient",
-        description="By steps; the classifier alone at once, by class means or ridge regression; or none: no training.",
+        description="By steps; the classifier at once: class means, ridge or logistic regression; none: no training.",
     )
     ridge: Annotated[float | None, LATER] = Field(
         default=None, gt=0.0, description="Penalty of fit=ridge; null chooses it on a fifth of the training images."

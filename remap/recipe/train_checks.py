@@ -103,6 +103,8 @@ def _fit_problems(recipe: Recipe) -> Iterator[str]:
         yield f"{key} fits a classifier, and {method} does not answer by it (train by steps, or take another method)"
     if train.fit == "none" and not (is_pair(student.model) or is_run(student.model) or student.extends):
         yield f"{key} leaves {student.model} a random classifier (name one that reads words: clip:NAME)"
+    if train.fit == "logistic" and student.extends is not None:
+        yield f"{key} knows the new images alone (take ridge or prototypes, which keep what they counted before)"
     if recipe.data.memory is not None:
         yield f"{key} counts each image once, and knows the old ones (leave data.memory out)"
     if train.selects or train.ema is not None or train.class_weight_power:

@@ -24,7 +24,12 @@ from remap.runs.summary_schema import choice_in_words, measured_of, metric_of, m
 # Above it, a matrix is no longer read, and the pairs that are most confused are listed.
 MOST_CLASSES_IN_MATRIX = 20
 # What ``train.fit`` does where it takes no steps.
-_AT_ONCE = {"prototypes": "classifier by class means", "ridge": "classifier by ridge regression", "none": "no training"}
+_AT_ONCE = {
+    "prototypes": "classifier by class means",
+    "ridge": "classifier by ridge regression",
+    "logistic": "classifier by logistic regression",
+    "none": "no training",
+}
 _NOT_LOSSES = ("epoch", "seconds", *METRIC.values(), "val_ce", "val_bce", "selection")
 
 

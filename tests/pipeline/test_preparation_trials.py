@@ -59,9 +59,9 @@ def _choose(
 @pytest.mark.parametrize(
     ("accuracies", "best"),
     [
-        ({"linear": 0.5, "full": 0.7, "full-fast": 0.6}, "full"),
-        ({"linear": 0.5, "full": 0.7, "full-fast": 0.8}, "full-fast"),
-        ({"linear": 0.7, "full": 0.7, "full-fast": 0.7}, "linear"),  # of equal ones the cheapest
+        ({"probe": 0.5, "full": 0.7, "full-fast": 0.6}, "full"),
+        ({"probe": 0.5, "full": 0.7, "full-fast": 0.8}, "full-fast"),
+        ({"probe": 0.7, "full": 0.7, "full-fast": 0.7}, "probe"),  # of equal ones the cheapest
     ],
 )
 def test_the_best_on_held_out_images_is_taken(
@@ -69,11 +69,12 @@ def test_the_best_on_held_out_images_is_taken(
 ) -> None:
     recipe, folder = tiny.recipe(*AUTO, losses="ce,kd"), tmp_path / "teacher"
     chosen, ran = _choose(recipe, folder, accuracies)
-    assert ran == ["linear", "full", "full-fast"]
+    assert ran == ["probe", "full", "full-fast"]
     rate = _tuning(recipe).learning_rate(BASE_WIDTH)
-    wanted = {"linear": ("linear", None), "full": ("full", None), "full-fast": ("full", FASTER * rate)}[best]
+    wanted = {"probe": ("linear", None), "full": ("full", None), "full-fast": ("full", FASTER * rate)}[best]
     assert (chosen.method.name, chosen.train.base_lr) == wanted
-    assert chosen.data.held_out is None and chosen.train.epochs == 2  # by all labelled images
+    assert chosen.data.held_out is None  # by all labelled images
+    assert (chosen.train.fit, chosen.train.epochs) == (("logistic", 1) if best == "probe" else ("gradient", 2))
     # What has ended is not run again.
     assert _choose(recipe, folder, accuracies) == (chosen, [])
 
@@ -81,7 +82,7 @@ def test_the_best_on_held_out_images_is_taken(
 def test_few_labels_are_judged_by_each_of_them(tiny: Any, tmp_path: Path) -> None:
     """The mean over folds decides, where one fold alone would decide otherwise; weights of trials go as they end."""
     recipe, folder = tiny.recipe(*AUTO, losses="ce,kd"), tmp_path / "teacher"
-    of_way = {"linear": (0.9, 0.1, 0.1, 0.1, 0.1), "full": (0.5,) * 5, "full-fast": (0.4,) * 5}
+    of_way = {"probe": (0.9, 0.1, 0.1, 0.1, 0.1), "full": (0.5,) * 5, "full-fast": (0.4,) * 5}
     accuracies = {f"{way}-{fold}": found[fold - 1] for way, found in of_way.items() for fold in range(1, FOLDS + 1)}
     trials: list[Recipe] = []
     chosen, ran = _choose(recipe, folder, accuracies, FEW - 1, trials)
@@ -108,7 +109,7 @@ def test_many_labels_are_judged_by_a_share_of_them(tiny: Any, images: int, parts
 
 def test_a_named_rate_is_the_only_one(tiny: Any) -> None:
     ways = ways_to_prepare(_tuning(tiny.recipe(*AUTO, "teacher.lr=1e-3", losses="ce,kd")))
-    assert {name: way.train.lr for name, way in ways.items()} == {"linear": None, "full": 1e-3}
+    assert {name: way.train.lr for name, way in ways.items()} == {"probe": None, "full": 1e-3}
 
 
 def test_the_teacher_is_the_one_that_its_way_gives(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:

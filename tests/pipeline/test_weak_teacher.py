@@ -92,5 +92,5 @@ def test_a_head_that_was_refused_is_kept_and_refused_at_once(
         with pytest.raises(TrainingError, match="not clearly above chance"):
             start(recipe, tmp_path / name, progress)
         waited.append({what for what in progress.waited if what.startswith(("teacher", "fitting", "frozen", "eval"))})
-    assert waited[0] == {"teacher outputs", "fitting the teacher's head", "evaluating the teacher"}
+    assert waited[0] == {"teacher outputs", "fitting the classifier", "evaluating the teacher"}
     assert waited[1] == {"evaluating the teacher"}

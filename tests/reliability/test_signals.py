@@ -36,7 +36,7 @@ SETTINGS = (
 )
 # Waits as progress names them: six steps an epoch, four batches of evaluation, twelve of teacher outputs.
 TRAINING, EVALUATION, UNTRAINED = "epoch ", "evaluating the student", "evaluating the network before training"
-LESSONS, HEAD, READING = "teacher outputs", "fitting the teacher's head", "reading training images"
+LESSONS, HEAD, READING = "teacher outputs", "fitting the classifier", "reading training images"
 # Seconds from a signal to the exit of a process, of two of them, and of one that is told twice.
 SOON, TOGETHER, AT_ONCE = 5.0, 10.0, 1.0
 
