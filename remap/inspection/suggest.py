@@ -77,9 +77,7 @@ def recipe_text(
     bf16, metric = use_bf16("auto", device), METRIC[MULTILABEL if data.train.labels.ndim == 2 else CLASSES]
     choices = {
         "teacher.model": teacher,
-        "teacher.prepare": Choice(
-            "probe", "fits only a head for these classes; full tunes all of it, slower and better"
-        ),
+        "teacher.prepare": _preparation(teacher.value),
         "student": student,
         "method": Choice(
             "lora", "trains a few percent and merges; `remap methods` lists others, `remap compare` tries some"
@@ -112,6 +110,13 @@ def recipe_text(
         section = head
         lines.append(f"{'  ' if head else ''}{field}: {json.dumps(choice.value)}  # {choice.why}")
     return "\n".join(lines) + "\n"
+
+
+def _preparation(teacher: object) -> Choice:
+    """Return how a teacher gets a head: one as small as the embedded ones is tuned where that is better."""
+    if teacher == "mini_teacher":
+        return Choice("auto", "tries a head alone and tuning all of it on held-out images; probe, a head, is quicker")
+    return Choice("probe", "fits only a head for these classes; full tunes all of it, slower and better")
 
 
 def _quoted(text: str) -> str:
