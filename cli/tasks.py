@@ -127,8 +127,10 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export of that name.")] = False,
 ) -> None:
     """Export tasks as one ONNX file with an output for each; the backbone is in it once."""
+    from remap.io.paths import expanded
     from remap.tasks.one_file import FILE, export_tasks
 
+    output = expanded(output)
     with console.Reporter() as progress:
         found = export_tasks(
             shelf, output, tasks=task or (), force=force, progress=progress, input=input, layout=layout

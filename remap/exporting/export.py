@@ -1,5 +1,6 @@
 """Export a tuned student: write it, check it on images, describe it, and only then let it appear."""
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -113,6 +114,7 @@ def export_student(
 @contextmanager
 def making(output: Path, force: bool) -> Iterator[Path]:
     """Let a folder appear complete or not at all: yield the temporary one to fill; an empty one may be there."""
+    _put_back(output)
     earlier = (output / RECORD).is_file() and not output.is_symlink()
     if earlier and not force:
         raise RunError(f"{output} is there already", do="choose another --output, or replace that export with --force")
@@ -152,6 +154,33 @@ def _replacing(output: Path) -> Iterator[Path]:
     finally:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _put_back(output: Path) -> None:
+    """Finish what a process that was killed while it replaced an export left: the earlier one goes back, or goes.
+
+    What a process that runs is replacing stays as it is.
+    """
+    place = Path(os.path.abspath(output))
+    for end in ("old", "tmp"):
+        for left in sorted(place.parent.glob(f".{glob.escape(place.name)}.*.{end}")):
+            writer = left.name.removeprefix(f".{place.name}.").removesuffix(f".{end}")
+            if not writer.isdecimal() or left.is_symlink() or _runs(int(writer)):
+                continue
+            if end == "old" and not os.path.lexists(place):
+                os.rename(left, place)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def _require_own(output: Path) -> None:

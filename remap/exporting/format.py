@@ -77,8 +77,11 @@ class ExportOptions:
             raise RunError(f"the format {row.name} does not take {flag}", given=given, allowed=", ".join(takes))
         if not 0 <= self.max_drop <= 100:  # False for NaN too
             raise RunError("--max-drop is a number of percentage points", given=self.max_drop, allowed="0 to 100")
-        if self.int8_epochs < 1:
-            raise RunError("--int8-epochs is a number of epochs", given=self.int8_epochs, allowed="1 and more")
+        for name, what in (("int8_epochs", "epochs"), ("images", "images")):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                flag = f"--{name.replace('_', '-')}"
+                raise RunError(f"{flag} is a number of {what}", given=value, allowed="1 and more")
         if self.int8 != "qat" and self.int8_epochs != type(self)().int8_epochs:
             raise RunError("--int8-epochs is for --int8 qat", given=f"--int8 {self.int8 or '(not given)'}")
         if self.int8 is None and self.max_drop != type(self)().max_drop:

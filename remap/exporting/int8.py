@@ -82,9 +82,10 @@ def _float_nodes(graph: Any) -> list[str]:
     """Return products that stay in float32: of two activations, and of the first and last layer (``inner_layers``)."""
     weights = {one.name for one in graph.initializer if not one.name.startswith("prepare.")}  # that resizes
     products = [node for node in graph.node if node.op_type in QUANTISED]
-    first, *_, last = (node.name for node in products if node.input[1] in weights)
+    layers = [node.name for node in products if node.input[1] in weights]
     of_two = (node.name for node in products if node.input[1] not in weights)
-    return [first, last, f"{last}_MatMul", *of_two]  # the dynamic quantiser makes a MatMul of a Gemm, under that name
+    # The dynamic quantiser makes a MatMul of a Gemm, under that name.
+    return [*layers[:1], *layers[-1:], *(f"{last}_MatMul" for last in layers[-1:]), *of_two]
 
 
 class _Calibration:

@@ -1,6 +1,7 @@
 """README.md of an export: what it is, how good, whose weights, and Python that uses it."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ def model_card(source: TaskSource, row: FormatEntry, record: dict[str, Any], usa
     """Return the card in Markdown, its head as the Hugging Face hub reads it."""
     licences = [record["licence_of_base_model"], *(one["licence"] for one in record["teachers"])]
     classes, accuracy, view = record["classes"], record["accuracy"], record["preprocessing"]
-    shown = ", ".join(classes[:_SHOWN]) + (", ..." if len(classes) > _SHOWN else "")
+    shown = ", ".join(map(literal, classes[:_SHOWN])) + (", ..." if len(classes) > _SHOWN else "")
     height, width = view["size"]
     lines = [
         "---",
@@ -27,7 +28,7 @@ def model_card(source: TaskSource, row: FormatEntry, record: dict[str, Any], usa
         "tags: [image-classification, remap, knowledge-distillation]",
         "---",
         "",
-        f"# {plain(source.path.resolve().name)}: {len(classes)} classes, as {row.name}",
+        f"# {literal(source.path.resolve().name)}: {len(classes)} classes, as {row.name}",
         "",
         f"{row.summary[0].upper()}{row.summary[1:]}. Written by remap {record['remap']}.",
         "",
@@ -37,8 +38,11 @@ def model_card(source: TaskSource, row: FormatEntry, record: dict[str, Any], usa
         *([("task", "multilabel: any number of them, each by a sigmoid")] if record["task"] != "classes" else []),
         (record["metric"], "unknown" if accuracy is None else f"{accuracy:.2%} on images it was not trained on"),
         ("method", f"`{json.dumps(record['method'])}`"),
-        ("base model", f"{record['base_model']}{_weights(record)}, licence: {record['licence_of_base_model']}"),
-        *(("teacher", f"{one['model']}, licence: {one['licence']}") for one in record["teachers"]),
+        (
+            "base model",
+            f"{literal(record['base_model'])}{_weights(record)}, licence: {record['licence_of_base_model']}",
+        ),
+        *(("teacher", f"{literal(one['model'])}, licence: {one['licence']}") for one in record["teachers"]),
         (
             "preprocessing",
             f"{view['crop_pct']:.1%} of the largest centred box of that shape, {height} x {width} pixels"
@@ -56,7 +60,7 @@ def model_card(source: TaskSource, row: FormatEntry, record: dict[str, Any], usa
         what = f"{found['same_labels']} of {found['count']} labels equal, difference {found['difference']:.1e}"
         rows.append(("checked against the student", f"{what}; {found['images']}"))
     if record["command"]:
-        rows.append(("command", f"`{record['command']}`"))
+        rows.append(("command", _code(record["command"])))
     lines += table(rows)
     lines += ["", "Licences of teacher and base model may bind what was made of them: read both before you ship.", ""]
     if usage:
@@ -74,6 +78,17 @@ def _weights(record: dict[str, Any]) -> str:
         return ", from random weights"
     known = record["base_weights_sha256"]
     return f", weights of the file {record['base_weights']}" + (f" (SHA-256 {known})" if known else "")
+
+
+def literal(text: str) -> str:
+    """Return a name from anywhere as Markdown shows it: no markup, link or HTML begins in it."""
+    return re.sub(r"([\\\\<\[`*])", r"\\\1", plain(text))
+
+
+def _code(text: str) -> str:
+    """Return text as code, between more backticks than it has in a row."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def table(rows: Sequence[tuple[str, str]]) -> list[str]:

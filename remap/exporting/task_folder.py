@@ -17,9 +17,10 @@ class TaskFolder(Format):
     """``task/``, and ``student_model/`` where the student was cut from its teacher: what ``load_student`` opens."""
 
     def write(self, source: TaskSource, folder: Path, options: ExportOptions) -> dict[str, Any]:
-        copied = {source.folder: folder / "task"}
-        if source.meta.backbone.model.endswith(f"/{STUDENT_MODEL}"):
-            copied[source.folder.resolve().parent / STUDENT_MODEL] = folder / STUDENT_MODEL
+        copied, cut = {source.folder: folder / "task"}, source.folder.resolve().parent / STUDENT_MODEL
+        # One that was cut before the run lies elsewhere, and is named by its path as any other model folder.
+        if source.meta.backbone.model.endswith(f"/{STUDENT_MODEL}") and cut.is_dir():
+            copied[cut] = folder / STUDENT_MODEL
         for old, new in copied.items():
             atomic_write.make_folder(new)
             for file in sorted(path for path in old.iterdir() if path.is_file() and not path.is_symlink()):

@@ -37,11 +37,13 @@ class TextSide:
     Attributes:
         clean: How texts are cleaned: "lower", "canonicalize" (no punctuation either) or "whitespace".
         pads_with_zero: Whether texts are filled up with id 0, whatever the tokenizer says.
+        strips_sep: Whether id 0 takes the place of the separator, as in CLIPA.
     """
 
     config: TextConfig
     clean: str
     pads_with_zero: bool
+    strips_sep: bool = False
 
 
 def of_open_clip(config: Mapping[str, Any]) -> TextSide:
@@ -57,7 +59,11 @@ def of_open_clip(config: Mapping[str, Any]) -> TextSide:
         if strange or vision.get("timm_proj") == "mlp":
             raise ValueError(strange[0] if strange else "timm_proj 'mlp'")
         width = int(text.get("width", 512))
-        clean = (text.get("tokenizer_kwargs") or {}).get("clean", "whitespace" if _hf(text) else "lower")
+        options = dict(text.get("tokenizer_kwargs") or {})
+        clean = options.pop("clean", "whitespace" if _hf(text) else "lower")
+        strips_sep = bool(options.pop("strip_sep_token", False))
+        if options or text.get("tokenizer_mode"):  # they change the ids
+            raise ValueError(f"tokenizer_kwargs {next(iter(options))}" if options else "tokenizer_mode")
         if clean not in ("lower", "canonicalize", "whitespace"):
             raise ValueError(f"clean {str(clean)[:40]!r}")
         return TextSide(
@@ -79,6 +85,7 @@ def of_open_clip(config: Mapping[str, Any]) -> TextSide:
             ),
             clean=clean,
             pads_with_zero=not _hf(text),
+            strips_sep=strips_sep,
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"the text tower lacks, or has what is not read: {error}") from error

@@ -44,7 +44,9 @@ class Tokenizer:
             self._library = Library.from_str(read_regular(path, MOST_TOKENIZER_BYTES).decode())
             self._library.no_padding()
             self._library.enable_truncation(self.context)
-        self.pad = 0 if side.pads_with_zero else self._padding(folder)
+        self.pad = 0 if side.pads_with_zero else self._special(folder, "pad_token", 0)
+        # CLIPA's text towers have never seen BERT's separator.
+        self.sep = self._special(folder, "sep_token", "[SEP]") if side.strips_sep else None
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return ids (N, L), int64.
@@ -63,19 +65,24 @@ class Tokenizer:
             raise WeightsError("the tokenizer is that of another text tower", given=given)
         for row_L, found in zip(ids_NL, rows, strict=True):
             row_L[: len(found)] = torch.tensor(found)
+        if self.sep is not None:
+            ids_NL[ids_NL == self.sep] = 0
         if len(texts) and not 0 <= (most := int(ids_NL.max())) < self.side.config.vocab:
             given = f"token {most:,}, and embeddings of {self.side.config.vocab:,}"
             raise WeightsError("the tokenizer is that of another text tower", given=given)
         return ids_NL
 
-    def _padding(self, folder: Path) -> int:
-        """Return the id that the tokenizer fills up with."""
-        options = tokenizer_options(folder)
-        word = options.get("pad_token")
+    def _special(self, folder: Path, key: str, default: int | str) -> int:
+        """Return the id of a token that tokenizer_config.json names."""
+        word = tokenizer_options(folder).get(key)
         word = word.get("content") if isinstance(word, dict) else word
-        found = self._library.token_to_id(word) if isinstance(word, str) else 0
+        if not isinstance(word, str):
+            if isinstance(default, int):
+                return default
+            word = default
+        found = self._library.token_to_id(word)
         if found is None:
-            raise WeightsError(f"{folder / FILE} has no token {plain(str(word))[:40]}, which {OPTIONS} fills up with")
+            raise WeightsError(f"{folder / FILE} has no token {plain(word)[:40]}, the {key} of {OPTIONS}")
         return int(found)
 
 

@@ -25,6 +25,8 @@ def split_classes(value: Any) -> Any:
     Raises:
         ValueError: There are fewer than two classes.
     """
+    if isinstance(value, str) and '{"' in value:  # JSON has commas of its own
+        raise ValueError("names and words in JSON are read from a file alone, with one class a line")
     if isinstance(value, str) and "," in value:
         value = [part.strip() for part in value.split(",")]
     if isinstance(value, (list, tuple)):
@@ -164,6 +166,9 @@ def descriptions_of(
         raise DataError(
             "data.descriptions are of other classes", given=plain(", ".join(strange[:8])), allowed=list(classes)[:20]
         )
+    blank = [name for name, texts in found.items() if not all(text.strip() for text in texts)]
+    if blank:  # the feature of an empty text would count in the mean of the class
+        raise DataError("a description is empty", given=plain(", ".join(blank[:8])), do="write it, or leave it out")
     return found
 
 

@@ -1,10 +1,9 @@
 """Give a vision-language model its classifier of words, and say how sure it is of each class before it teaches."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
 
 from remap.backbones.build import Backbone
 from remap.cache.cache_folders import texts_root
@@ -12,7 +11,7 @@ from remap.cache.text_features import class_features
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.io.names import plain
-from remap.language.pair import language_of, write_zero_shot_head
+from remap.language.pair import Language, language_of, write_zero_shot_head
 from remap.language.words import descriptions_of, templates_of, texts_of, words_of
 from remap.network import Network
 from remap.pipeline.probe import signals_of
@@ -36,6 +35,13 @@ def write_words(backbone: Backbone, data: DataSpec, classes: Sequence[str], prog
     language = language_of(backbone.model)
     if language is None or not classes:
         return False
+    read_words(language, data, classes, progress)
+    write_zero_shot_head(backbone.model, backbone.anatomy, language.features_CE)
+    return True
+
+
+def read_words(language: Language, data: DataSpec, classes: Sequence[str], progress: Progress) -> None:
+    """Tell a language part what the classes are called, and compute the features of their texts."""
     words = words_of(classes, data.classes)
     language.names = tuple(several[0] for several in words.values())
     language.texts = texts_of(words, templates_of(data.templates), descriptions_of(data.descriptions, classes))
@@ -44,16 +50,6 @@ def write_words(backbone: Backbone, data: DataSpec, classes: Sequence[str], prog
         language.tower.to(accelerator().device)
         language.features_CE = class_features(language, language.texts, texts_root(), shown.advance)
         language.tower.to("cpu")  # it is not needed again, unless a method takes it
-    write_zero_shot_head(backbone.model, backbone.anatomy, language.features_CE)
-    return True
-
-
-def lend_words(student: Backbone, teachers: Iterable[nn.Module]) -> None:
-    """Tell a vision-language student the words of its first teacher that has some of these classes."""
-    language = language_of(student.model)
-    if language is not None:
-        found = (language_of(model) for model in teachers)
-        language.teacher = next((one for one in found if one is not None and one.names), None)
 
 
 @dataclass(frozen=True)

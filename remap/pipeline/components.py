@@ -19,7 +19,7 @@ from remap.errors import TrainingError
 from remap.io.human_size import number_of, size
 from remap.io.paths import expanded
 from remap.network import Network, choose_kernels, tuned
-from remap.pipeline.class_words import lend_words, write_words
+from remap.pipeline.class_words import write_words
 from remap.pipeline.data_views import DataViews
 from remap.pipeline.init_student import InitReport, init_from_teacher
 from remap.pipeline.objective import build_objective, pairs_of
@@ -30,6 +30,7 @@ from remap.pipeline.shared_cores import frozen_or_joint
 from remap.pipeline.shrink_student import open_student
 from remap.pipeline.teacher_tuning import teacher_folder
 from remap.pipeline.teachers import averaging_teacher, load_teacher, prepare_teacher
+from remap.pipeline.teachers_words import lend_words
 from remap.progress import Progress
 from remap.recipe import Recipe
 from remap.recipe.schema import EMA, SELF, DataSpec
@@ -120,7 +121,7 @@ def build_components(
     init = init_from_teacher(backbone, recipe, shared, progress)  # before a method changes the modules
     teachers = _load_teachers(recipe, classes, backbone, progress)
     write_words(backbone, recipe.data, classes, progress)
-    lend_words(backbone, [teacher.network.model for teacher in teachers])
+    lend_words(backbone, teachers, recipe, classes, progress)
     student = _tune(recipe, classes, backbone)
     for teacher in teachers:
         # Frozen tensors stay shared with the student; what it will train is copied before the first step.

@@ -106,6 +106,7 @@ def predict_to_file(
     Raises:
         RunError: The file is there already or cannot be written, or was begun with other options or images.
     """
+    path = expanded(path)
     require_writable(path)  # before anything is loaded
     several = launcher_env.number("WORLD_SIZE", 1) > 1
     process, processes = (accelerator().process_index, accelerator().num_processes) if several else (0, 1)

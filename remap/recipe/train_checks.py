@@ -98,8 +98,8 @@ def _fit_problems(recipe: Recipe) -> Iterator[str]:
         yield f"{key} {learns} (leave the teacher and {names or 'its losses'} out)"
     if (recipe.data.source is None and train.fit != "none") or recipe.data.augment != "none" or recipe.data.mixes:
         yield f"{key} sees each labelled image once, as it is (leave augmentation and mixing out)"
-    by_texts = any(METHODS.row(part).by_texts for part in parts_of(method) if part in METHODS)
-    if train.fit != "none" and by_texts:
+    rows = [METHODS.row(part) for part in parts_of(method) if part in METHODS]
+    if train.fit != "none" and any(row.by_texts or "words" in row.needs for row in rows):
         yield f"{key} fits a classifier, and {method} does not answer by it (train by steps, or take another method)"
     if train.fit == "none" and not (is_pair(student.model) or is_run(student.model) or student.extends):
         yield f"{key} leaves {student.model} a random classifier (name one that reads words: clip:NAME)"

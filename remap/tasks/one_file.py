@@ -14,7 +14,7 @@ from remap.exporting import FORMATS, snippets
 from remap.exporting.check import Comparison, bytes_of, compare, require_equal
 from remap.exporting.export import CARD, RECORD, making
 from remap.exporting.format import ExportOptions, Format
-from remap.exporting.model_card import table
+from remap.exporting.model_card import literal, table
 from remap.exporting.onnx_file import answer_of, save_graph, traced
 from remap.exporting.program import Program, example, input_in_words
 from remap.exporting.task_source import DRAWN, SourceImages, preprocessing_facts
@@ -144,9 +144,9 @@ def _share(graph: torch.onnx.ONNXProgram) -> None:
 
 
 def _card(facts: dict[str, Any], usage: str) -> str:
-    rows = [(name, ", ".join(classes)) for name, classes in facts["classes"].items()]
+    rows = [(name, ", ".join(map(literal, classes))) for name, classes in facts["classes"].items()]
     shape = " x ".join(map(str, facts["input"]["shape"]))
-    rows += [("base model", facts["base_model"]), ("input", f"`images`: {facts['input']['type']}, {shape}")]
+    rows += [("base model", literal(facts["base_model"])), ("input", f"`images`: {facts['input']['type']}, {shape}")]
     save = "Save this as `classify.py` in this folder, then run `python classify.py PHOTO TASK`."
     lines = [
         f"# {number_of(len(facts['tasks']), 'task')} on one backbone",

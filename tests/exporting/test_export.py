@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -30,10 +31,11 @@ from remap.exporting.export import Exported, export_student, making
 from remap.exporting.format import ExportOptions
 from remap.exporting.int8 import require_gate
 from remap.exporting.int8_training import RoundedInput, RoundedWeight
-from remap.exporting.model_card import table
+from remap.exporting.model_card import _code, literal, table
 from remap.exporting.task_source import SourceImages, TaskSource
 from remap.network import tuned
 from remap.pipeline.class_words import write_words
+from remap.pipeline.run import start
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec, ModelSpec
 from remap.runs.task import open_backbone, save_task
@@ -333,6 +335,48 @@ def test_what_came_into_the_folder_meanwhile_stays(finished: Finished, tmp_path:
             output.mkdir(exist_ok=True)
             (output / "letter.txt").write_text("dear")
         assert [path.name for path in output.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_an_export_whose_replacement_was_killed_is_there_again(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    """The process was killed between two renames: it left the earlier export and the new one beside the place."""
+    export_student(finished("vpt_deep"), "task", tmp_path / "out")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "out").rename(tmp_path / f".out.{ended.pid}.old")
+    (tmp_path / f".out.{ended.pid}.tmp").mkdir()
+    running = tmp_path / f".out.{os.getppid()}.tmp"  # of another process, which still writes
+    running.mkdir()
+    if force:
+        export_student(finished("vpt_deep"), "task", tmp_path / "out", force=True)
+    else:
+        with pytest.raises(RunError, match="is there already"):
+            export_student(finished("vpt_deep"), "task", tmp_path / "out")
+    assert remap.load_student(tmp_path / "out", "cpu").classes == ("blue", "green", "red")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [running.name, "out"]
+
+
+def test_a_student_on_a_folder_of_the_name_of_cut_ones_is_copied(tiny: Any, tmp_path: Path) -> None:
+    """`remap shrink --output X/student_model` makes such a folder, which belongs to no run."""
+    shutil.copytree(tiny.student.removeprefix("local-dir:"), tmp_path / "student_model")
+    words = {"student": f"local-dir:{tmp_path / 'student_model'}", "teacher": None, "losses": "ce", "method": "linear"}
+    start(tiny.recipe("train.epochs=1", **words), tmp_path / "runs" / "run")
+    export_student(tmp_path / "runs" / "run", "task", tmp_path / "out")
+    assert remap.load_student(tmp_path / "out", "cpu").classes == ("blue", "green", "red")
+
+
+def test_names_begin_no_markup() -> None:
+    """Source: CommonMark 0.31, 2.4: a backslash before punctuation makes it literal."""
+    assert literal("<b>cat</b> [x](y) `z` *w* a_b") == r"\<b>cat\</b> \[x](y) \`z\` \*w\* a_b"
+    assert _code("a") == "`a`" and _code("a `b`` c") == "``` a `b`` c ```"
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(0, 3), ("9", 3), (9, 0), (9, 1.5)])
+def test_numbers_of_an_export_are_whole(finished: Finished, tmp_path: Path, images: Any, epochs: Any) -> None:
+    with pytest.raises(RunError, match=r"is a number of (images|epochs)"):
+        export_student(finished("vpt_deep"), "onnx", tmp_path / "out", images=images, int8="qat", int8_epochs=epochs)
 
 
 def test_a_bar_in_a_name_stays_in_its_cell() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from open_clip.tokenizer import canonicalize_text
-from tiny_pairs import LAYOUTS, Pair, open_clip_clip, transformers_clip
+from tiny_pairs import LAYOUTS, Pair, open_clip_clip, open_clip_siglip, transformers_clip, write_tokenizer
 from torch import Tensor, nn
 
 from remap.backbones.build import Backbone, build
@@ -17,9 +17,10 @@ from remap.cache.text_features import class_features
 from remap.errors import BackboneError, UnknownName, WeightsError
 from remap.language import names as pair_names
 from remap.language import pair as language_part
+from remap.language.configs import of_open_clip
 from remap.language.pair import Language, language_of, require_language, write_zero_shot_head
 from remap.language.text_tower import text_anatomy
-from remap.language.tokenizer import clean
+from remap.language.tokenizer import Tokenizer, clean
 from remap.tuning import METHODS
 from remap.tuning.attaching import attach_method
 
@@ -196,6 +197,21 @@ def _ends(count: int) -> dict[str, object]:
 _OPEN_CLIP = "open_clip_config.json"
 
 
+def test_separators_are_stripped_where_open_clip_does(tmp_path: Path) -> None:
+    """Source: open_clip's HFTokenizer with ``strip_sep_token``, as the CLIPA models have it."""
+    from open_clip.tokenizer import HFTokenizer
+
+    folder = open_clip_siglip(tmp_path / "pair").folder
+    write_tokenizer(folder, tokenizer_class="PreTrainedTokenizerFast", sep_token="</s>")
+    text = json.loads((folder / _OPEN_CLIP).read_text())["model_cfg"]["text_cfg"]
+    text["tokenizer_kwargs"]["strip_sep_token"] = True
+    side = of_open_clip({"model_cfg": {"embed_dim": 96, "vision_cfg": {}, "text_cfg": text}})
+    theirs = HFTokenizer(str(folder), context_length=16, clean="canonicalize", strip_sep_token=True)
+    texts = ["a photo of a bee", "an ant"]
+    ours = Tokenizer(folder, side)(texts)
+    assert torch.equal(ours, theirs(texts)) and 1 not in ours
+
+
 @pytest.mark.parametrize(
     ("make", "break_", "message"),
     [
@@ -229,6 +245,16 @@ _OPEN_CLIP = "open_clip_config.json"
             open_clip_clip,
             _config(_OPEN_CLIP, lambda c: c["model_cfg"]["text_cfg"].update(tokenizer_kwargs={"clean": "none"})),
             "clean 'none'",
+        ),
+        (
+            open_clip_clip,
+            _config(_OPEN_CLIP, lambda c: c["model_cfg"]["text_cfg"].update(tokenizer_kwargs={"language": "en"})),
+            "tokenizer_kwargs language",
+        ),
+        (
+            open_clip_clip,
+            _config(_OPEN_CLIP, lambda c: c["model_cfg"]["text_cfg"].update(tokenizer_mode="clips")),
+            "tokenizer_mode",
         ),
         (open_clip_clip, _config(_OPEN_CLIP, lambda c: c["model_cfg"]["text_cfg"].update(heads=0)), "does not fit"),
         (open_clip_clip, _change("visual.proj", lambda tensor: tensor[0]), "projection .* does not fit"),

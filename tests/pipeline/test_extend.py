@@ -266,7 +266,7 @@ def test_mistakes_are_named(first: Path, red: DataSpec, tiny: Any) -> None:
         tiny.recipe(*selecting, method="ease", teacher=None, losses="ce")
     with pytest.raises(RecipeError, match=r"train\.fit"):
         tiny.recipe("train.fit=ridge")  # with a teacher
-    for method in ("cocoop", "promptkd"):
+    for method in ("cocoop", "promptkd", "coop", "tip_adapter", "clip_lora", "taskres"):
         with pytest.raises(
             RecipeError, match=rf"train\.fit: ridge fits a classifier, and {method} does not answer by it"
         ):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pairs import Pair, transformers_clip
+from tiny_pairs import Pair, transformers_clip, transformers_siglip
 
 from remap.errors import RecipeError
 from remap.pipeline.run import resume, start
@@ -54,6 +54,35 @@ def test_a_run_and_its_task(
     model = result.student.model.eval()
     with torch.no_grad():
         assert torch.equal(loaded.model.eval()(images), model(images))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Of another space: 32 dimensions."""
+    return transformers_siglip(tmp_path_factory.mktemp("pairs") / "siglip")
+
+
+@pytest.mark.parametrize("by", ["logits unread", "a run"])
+def test_promptkd_answers_in_the_words_of_its_teacher(
+    tiny: Any, pair: Pair, other: Pair, tmp_path: Path, by: str
+) -> None:
+    """Expected: the classifier of the teacher itself, zero-shot, or as it was tuned."""
+    settings = (*tiny.SETTINGS, "train.epochs=1")
+    theirs = {"data": tiny.data, "student": other.word, "losses": "ce"}
+    if by == "a run":
+        source = resolve(words={**theirs, "method": "coop"}, settings=[*settings, "method.num_context=4"])
+    else:
+        source = resolve(words={**theirs, "method": "linear"}, settings=[*settings, "train.fit=none"])
+    head = start(source, tmp_path / "teacher").student.head
+    words = {"data": tiny.data, "student": pair.word, "method": "promptkd", "losses": "ce,clip_feature"}
+    words["teacher"] = str(tmp_path / "teacher") if by == "a run" else other.word
+    student = start(
+        resolve(words=words, settings=[*settings, "method.width=32", "teacher.allow_weak=true"]), tmp_path / "run"
+    ).student
+    taken = student.model.get_submodule("remap_promptkd")
+    for name in ("weight", "bias"):
+        (wanted,) = (tensor for key, tensor in head.items() if key.endswith(name))
+        torch.testing.assert_close(getattr(taken, name), wanted.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_whose_results_are_lost_has_the_words_it_learned(tiny: Any, pair: Pair, tmp_path: Path) -> None:

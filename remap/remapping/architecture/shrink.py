@@ -14,7 +14,7 @@ from remap.backbones.anatomy import Anatomy, anatomy_of, module_at
 from remap.backbones.build import Backbone
 from remap.backbones.families.base import family_of
 from remap.backbones.model_folder import require_free, save_model_folder
-from remap.backbones.typed import as_timm, layer_at
+from remap.backbones.typed import as_timm, input_channels, layer_at
 from remap.errors import BackboneError
 from remap.remapping.architecture.remove_blocks import Batches, evenly, least_missed, take_out
 from remap.remapping.architecture.shrink_options import ShrinkSpec
@@ -175,7 +175,7 @@ def _size(model: nn.Module) -> tuple[int, int]:
     """Return parameters and multiply-adds of one image: layers times their positions, and the products of attention."""
     anatomy = anatomy_of(model)
     tokens = anatomy.num_prefix_tokens + anatomy.num_patches
-    macs = anatomy.num_patches * anatomy.width * 3 * anatomy.patch_size[0] * anatomy.patch_size[1]
+    macs = anatomy.num_patches * anatomy.width * input_channels(model) * anatomy.patch_size[0] * anatomy.patch_size[1]
     for block in anatomy.attention_blocks:
         weights = sum((p.stop - p.start) * layer_at(model, p.path).weight.shape[1] for p in block.projections.values())
         macs += tokens * weights + 2 * tokens**2 * block.heads * block.head_dim

@@ -126,9 +126,11 @@ class ProjectedGradient(TrainingHooks):
         return weight_CE, bias_C.to(like)
 
     def before_step(self, average: Callable[[list[Tensor]], None]) -> None:
-        general, gradient = self._general, self.words.context.grad
-        if general is None or gradient is None:
+        gradient = self.words.context.grad
+        if gradient is None:
             return
+        # A process that could read no image of the step has none, and still takes part: the others wait for it.
+        general = torch.zeros_like(gradient) if self._general is None else self._general
         average([general])  # sums of all processes divided alike: only the direction counts
         project(gradient, general, self.config.strength)
         self._general = None

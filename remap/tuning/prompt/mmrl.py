@@ -19,7 +19,7 @@ from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.prompt.maple import ImagePrompts, attach_both
 from remap.tuning.prompt.promptsrc import BesideFrozen
 from remap.tuning.weights import registered
-from remap.tuning.words import WordHead, tower_for, zero_shot
+from remap.tuning.words import WordHead, at_least_float32, tower_for, zero_shot
 
 
 class MMRL(Method):
@@ -74,7 +74,10 @@ class Space(WordHead):
         tower, ids_CL = tower_for(self.language, self.space), self.language.ids(texts)
         self.start = int(bool((ids_CL[:, 0] == self.language.tokenizer([""])[0, 0]).all()))
         ids_CL = ids_CL.to(self.space.device)
-        return tower.encode(tower.embed(ids_CL), tower.ends(ids_CL) + len(self.space), self.before_block)
+        ends_C = tower.ends(ids_CL)
+        # What is read lies behind the tokens, except the start token itself.
+        ends_C = ends_C + len(self.space) * (ends_C >= self.start)
+        return tower.encode(tower.embed(ids_CL), ends_C, self.before_block)
 
     def before_block(self, index: int, tokens_NLD: Tensor) -> Tensor:
         """Put the tokens behind the start token, in the place of those of the block before."""
@@ -119,7 +122,7 @@ class SpaceTokens(ImagePrompts):
         x_BKD, self.outputs_BKD = self.outputs_BKD, None
         for norm in self._final:
             x_BKD = norm.forward(x_BKD)
-        return F.normalize(self.proj(x_BKD.mean(dim=1)), dim=-1)
+        return F.normalize(at_least_float32(self.proj(x_BKD.mean(dim=1))), dim=-1)
 
 
 class TwoFeatures(BesideFrozen):

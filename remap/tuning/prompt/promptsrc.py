@@ -19,7 +19,7 @@ from remap.tuning.base import Attachment, Edits, Method, TrainingHooks
 from remap.tuning.prompt.context import ContextOptions, DeepContext
 from remap.tuning.prompt.maple import ImagePrompts, attach_both, common_depth
 from remap.tuning.prompt.sequence_prompts import without_prompts
-from remap.tuning.words import WordHead, zero_shot
+from remap.tuning.words import WordHead, at_least_float32, zero_shot
 
 
 class PromptSRC(Method):
@@ -83,7 +83,7 @@ class BesideFrozen(TrainingHooks):
         with without_prompts(self.model, self.anatomy, self.prompts), torch.no_grad():
             model = as_timm(self.model)
             pooled_BD = model.forward_head(model.forward_features(args[0]), pre_logits=True)
-            self.frozen_BE = F.normalize(self.head.proj(pooled_BD), dim=-1)
+            self.frozen_BE = F.normalize(at_least_float32(self.head.proj(pooled_BD)), dim=-1)
 
     def see_features(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the classifier."""

@@ -177,6 +177,33 @@ def test_prograd_takes_the_conflict_out(plain: nn.Module, tune: Tune, images: Te
     close(context.grad, task_D - 0.7 * product / general_D.square().sum() * general_D)
 
 
+def test_a_process_without_images_takes_part_in_prograd(tune: Tune) -> None:
+    """The others wait for its direction, which is zero: their sum is what all of them project with."""
+    network, seen = tune("prograd", num_context=4), []
+    context = network.model.remap_words.context
+    context.grad = torch.zeros_like(context)
+
+    def add_up(tensors: list[Tensor]) -> None:
+        seen.extend(tensor.clone() for tensor in tensors)
+
+    network.attached.before_step(add_up)
+    assert [tensor.shape for tensor in seen] == [context.shape] and not seen[0].any()
+    assert torch.equal(context.grad, torch.zeros_like(context))
+
+
+@pytest.mark.parametrize("method", ["promptsrc", "mmrl"])
+def test_features_of_the_frozen_model_have_length_1_in_bf16(tune: Tune, images: Tensor, method: str) -> None:
+    network = tune(method, **({"depth": 2} if method == "promptsrc" else {"first": 1}))
+    network.attached.train()
+    hooks = network.attached.methods[method].hooks
+    with torch.autocast("cpu", torch.bfloat16):
+        network.model(images.float())
+    pair = hooks.taken(torch.zeros(1))
+    assert pair is not None
+    for features in pair:
+        torch.testing.assert_close(features.norm(dim=-1), torch.ones(len(images)), rtol=0, atol=1e-5)
+
+
 def test_gradients_that_agree_stay() -> None:
     gradient, general = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])
     project(gradient, general, 1.0)
