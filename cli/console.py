@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from remap.errors import Interrupted, RemapWarning
+from remap.errors import Interrupted, RemapError, RemapWarning
 from remap.io.human_size import duration as duration
 from remap.io.names import plain
 from remap.progress import CELLS
@@ -132,8 +132,6 @@ def confirm(question: str) -> None:
         RemapError: Nobody can answer.
     """
     import typer
-
-    from remap.errors import RemapError
 
     if not sys.stdin.isatty():
         raise RemapError("this asks for confirmation, and stdin is not a terminal", do="confirm with --yes")

@@ -20,6 +20,7 @@ from remap.pipeline.training_job import class_balance
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe, resolve
 from remap.recipe.problems import as_list_of_texts
+from remap.recipe.schema import AUTO
 from remap.recipe.train_checks import require_no_processes
 from remap.runs.run_dir import RunDir
 
@@ -61,8 +62,14 @@ def find_lr(
         raise RecipeError([f"train.fit: {chosen.train.fit} takes no steps, and needs no learning rate"], chosen.name)
     if steps < 10:
         raise RecipeError([f"steps: {steps} are too few to see a loss fall (10 or more)"], "remap lr")
-    # Some steps need no answers of other teachers: that of all labels runs in each.
-    teachers = tuple(spec.model_copy(update={"folds": None}) for spec in chosen.teachers)
+    # Some steps need no answers of other teachers: that of all labels runs in each. Nor need they the best way to
+    # prepare it, which takes longer than the test.
+    if AUTO in (spec.prepare for spec in chosen.teachers):
+        progress.say("a head is fitted for the range test alone; a run prepares the teacher by the best way (auto)")
+    teachers = tuple(
+        spec.model_copy(update={"folds": None, "prepare": "probe" if spec.prepare == AUTO else spec.prepare})
+        for spec in chosen.teachers
+    )
     chosen = chosen.model_copy(update={"teachers": teachers})
     chosen, shared = without_idle_losses(chosen, progress).written_out(), SharedResources()
     validate_inputs(chosen, shared)

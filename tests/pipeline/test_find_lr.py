@@ -35,6 +35,17 @@ def test_a_rate_is_found_for_a_recipe(tiny: Any) -> None:
     assert min(found.losses) < found.losses[0]
 
 
+def test_a_teacher_of_the_best_way_has_a_head_for_the_test(tiny: Any, watch: Any) -> None:
+    """The same figures as with prepare=probe: the ways are tried by runs, and last longer than the test."""
+    progress = watch(lambda step: None)
+    found, probed = (
+        remap.find_lr(tiny.recipe(f"teacher.prepare={way}", losses="ce,kd"), steps=12, progress=progress)
+        for way in ("auto", "probe")
+    )
+    assert found == probed
+    assert sum("a head is fitted for the range test alone" in line for line in progress.said) == 1
+
+
 def test_mistakes_are_said(tiny: Any) -> None:
     with pytest.raises(RecipeError, match=r"remap lr: 1 problem\n.*steps: 3 are too few"):
         remap.find_lr(tiny.recipe(), steps=3)
