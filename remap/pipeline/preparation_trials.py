@@ -1,4 +1,4 @@
-"""``teacher.prepare: auto``: a few ways are tried on held-out training images, and the teacher is tuned by the best."""
+"""``teacher.prepare: auto``: a few ways are tried on held-out training images, and the teacher is prepared by the best."""
 
 import shutil
 import statistics
@@ -86,7 +86,7 @@ def best_way(
             _remove_weights(run_dir)
         accuracies[name] = statistics.mean(found)
     best = max(accuracies, key=lambda name: accuracies[name])  # of equal ones the first
-    progress.say(f"{title} is tuned by {best} (held-out training images: {_listed(accuracies)})")
+    progress.say(f"{title} is prepared by {best} (held-out training images: {_listed(accuracies)})")
     return ways[best]
 
 

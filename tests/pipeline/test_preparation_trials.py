@@ -117,8 +117,8 @@ def test_the_teacher_is_the_one_that_its_way_gives(tiny: Any, tmp_path: Path, wa
     spoken = watch(lambda done: None)
     run = tmp_path / "auto"
     summary = start(tiny.recipe(*AUTO, losses="ce,kd"), run, spoken).summary
-    (said,) = [line for line in spoken.said if "is tuned by" in line]
-    best = said.partition("is tuned by ")[2].partition(" (")[0]
+    (said,) = [line for line in spoken.said if "is prepared by" in line]
+    best = said.partition("is prepared by ")[2].partition(" (")[0]
     accuracies = {
         name: float(share.rstrip("%)"))
         for name, share in (pair.rsplit(" ", 1) for pair in said.partition(": ")[2].split(", "))
@@ -139,7 +139,7 @@ def test_a_comparison_chooses_once(
     monkeypatch.setattr(preparation_trials, "FEW", 0)
     spoken: Any = watch(lambda done: None)
     table = compare(tiny.recipe(*AUTO, losses="ce,kd"), ["linear", "bitfit"], 2, tmp_path / "cmp", spoken)
-    assert len([line for line in spoken.said if "is tuned by" in line]) == 1
+    assert len([line for line in spoken.said if "is prepared by" in line]) == 1
     assert table["teacher"]["head"] in ("linear", "full")
 
 
