@@ -126,11 +126,7 @@ def grouped(rows: list[tuple[str, list[Any]]]) -> list[list[Any] | str]:
 
 
 def confirm(question: str) -> None:
-    """Ask on stderr, and end the command where the answer is not yes.
-
-    Raises:
-        RemapError: Nobody can answer.
-    """
+    """Ask on stderr, and end the command where the answer is not yes, or where nobody can answer."""
     import typer
 
     if not sys.stdin.isatty():

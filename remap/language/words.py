@@ -52,11 +52,8 @@ def class_words(given: Sequence[str] | str) -> dict[str, tuple[str, ...]]:
         unfit = next(filter(None, map(name_problem, (name, *words))), None)
         if not words or not name or unfit or name in found:
             why = f"holds {unfit}" if unfit else "is given twice" if name in found else "has no word"
-            raise DataError(
-                f"a class {why}",
-                given=plain(entry)[:80] or f"class {number} is empty",
-                allowed="ant, hat|cap, or NAME: hat|cap",
-            )
+            shown = plain(entry)[:80] or f"class {number} is empty"
+            raise DataError(f"a class {why}", given=shown, allowed="ant, hat|cap, or NAME: hat|cap")
         found[name] = words
     if len(found) < 2:
         raise DataError(

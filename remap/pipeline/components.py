@@ -72,8 +72,7 @@ class RunComponents:
     @property
     def steps(self) -> int:
         """Updates of the whole run."""
-        train = self.recipe.train
-        return train.epochs * max(1, len(self.training_source.split) // train.batch_size)
+        return self.recipe.train.epochs * max(1, len(self.training_source.split) // self.recipe.train.batch_size)
 
     @property
     def judges(self) -> bool:

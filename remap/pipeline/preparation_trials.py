@@ -1,4 +1,4 @@
-"""``teacher.prepare: auto``: a few ways are tried on held-out training images, and the teacher is prepared by the best."""
+"""``teacher.prepare: auto``: a few ways are tried on held-out training images, and the best prepares the teacher."""
 
 import shutil
 import statistics

@@ -23,13 +23,8 @@ from remap.runs.summary_schema import choice_in_words, measured_of, metric_of, m
 
 # Above it, a matrix is no longer read, and the pairs that are most confused are listed.
 MOST_CLASSES_IN_MATRIX = 20
-# What ``train.fit`` does where it takes no steps.
-_AT_ONCE = {
-    "prototypes": "classifier by class means",
-    "ridge": "classifier by ridge regression",
-    "logistic": "classifier by logistic regression",
-    "none": "no training",
-}
+# What ``train.fit`` finds a classifier by where it takes no steps.
+_AT_ONCE = {"prototypes": "class means", "ridge": "ridge regression", "logistic": "logistic regression"}
 _NOT_LOSSES = ("epoch", "seconds", *METRIC.values(), "val_ce", "val_bce", "selection")
 
 
@@ -212,9 +207,9 @@ def _facts(run: RunDir, summary: dict[str, Any], recipe: Recipe) -> dict[str, li
     skipped = Counter(reason for _, reason in data.get("skipped", []))
     get: Callable[[str], Any] = summary.get
     adapted, by_steps = get("adapted"), recipe.train.by_steps
-    how = _AT_ONCE.get(recipe.train.fit)
-    if adapted:
-        how = f"{adapted['run']}, adapted by {adapted['by']}"
+    at_once = _AT_ONCE.get(recipe.train.fit)
+    how = None if by_steps else f"classifier by {at_once}" if at_once else "no training"
+    how = f"{adapted['run']}, adapted by {adapted['by']}" if adapted else how
     own_steps = by_steps and not adapted
     facts: dict[str, dict[str, Any]] = {
         "Data": {
