@@ -27,6 +27,8 @@ from remap.recipe.schema import Recipe
 SAMPLE = 64
 # A longer side than this, in pixels, has details that the embedded pair of 32 pixels does not see.
 SMALL = 64
+# Training images of the smallest class from which on each part that a teacher is judged by (a fifth) has one of it.
+LEAST_TO_JUDGE = 5
 # Memory of a GPU, in bytes, above which the larger teacher fits beside a student.
 LARGE_GPU = 20e9
 
@@ -77,7 +79,7 @@ def recipe_text(
     bf16, metric = use_bf16("auto", device), METRIC[MULTILABEL if data.train.labels.ndim == 2 else CLASSES]
     choices = {
         "teacher.model": teacher,
-        "teacher.prepare": _preparation(teacher.value),
+        "teacher.prepare": _preparation(teacher.value, int(min(data.count(data.train)))),
         "student": student,
         "method": Choice(
             "lora", "trains a few percent and merges; `remap methods` lists others, `remap compare` tries some"
@@ -112,9 +114,13 @@ def recipe_text(
     return "\n".join(lines) + "\n"
 
 
-def _preparation(teacher: object) -> Choice:
-    """Return how a teacher gets a head: one as small as the embedded ones is tuned where that is better."""
-    if teacher == "mini_teacher":
+def _preparation(teacher: object, fewest: int) -> Choice:
+    """Return how a teacher gets a head: one as small as the embedded ones is tuned where that is better.
+
+    Args:
+        fewest: Training images of the smallest class, of which a fifth is held out to judge the ways.
+    """
+    if teacher == "mini_teacher" and fewest >= LEAST_TO_JUDGE:
         return Choice("auto", "tries a head alone and tuning all of it on held-out images; probe, a head, is quicker")
     return Choice("probe", "fits only a head for these classes; full tunes all of it, slower and better")
 

@@ -203,6 +203,15 @@ def test_a_recipe_to_begin_with_is_read_as_it_stands(folder: Path, tmp_path: Pat
     assert (tmp_path / "recipe.yaml").read_text() == text
 
 
+@pytest.mark.parametrize(("least", "way"), [(suggest.LEAST_TO_JUDGE, "probe"), (3, "auto")])
+def test_ways_to_prepare_a_teacher_are_tried_where_each_class_has_images_to_judge_by(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: int, way: str
+) -> None:
+    """Three images of a bee: a fifth held out may be all of a class, which a run would refuse."""
+    monkeypatch.setattr(suggest, "LEAST_TO_JUDGE", least)
+    assert init_recipe(str(folder), tmp_path / "recipe.yaml").teachers[0].prepare == way
+
+
 def test_a_recipe_states_the_level_of_the_classes(tmp_path: Path) -> None:
     for name in ("ant/red", "ant/wood", "bee/honey"):
         (tmp_path / "images" / name).mkdir(parents=True)
