@@ -126,7 +126,7 @@ def grouped(rows: list[tuple[str, list[Any]]]) -> list[list[Any] | str]:
 
 
 def confirm(question: str) -> None:
-    """Ask on stderr, and end the command where the answer is not yes, or where nobody can answer."""
+    """Ask on stderr, and end the command where the answer is not yes, or where stdin is not a terminal."""
     import typer
 
     if not sys.stdin.isatty():

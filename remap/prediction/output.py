@@ -77,7 +77,7 @@ class PredictionFile:
         if process == 0 and (before := read_run_json(noted)) != self.settings:
             raise RunError(
                 f"{self.folder} holds rows of another command",
-                given="; ".join(_differences(before, self.settings)),
+                given="; ".join(_differences(before if isinstance(before, dict) else {}, self.settings)),
                 do="give the same options to continue, remove that folder, or choose another --output",
             )
         if process == 0:  # before the other processes begin

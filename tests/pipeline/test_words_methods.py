@@ -85,6 +85,23 @@ def test_promptkd_answers_in_the_words_of_its_teacher(
         torch.testing.assert_close(getattr(taken, name), wanted.detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_promptkd_says_where_the_words_are_its_own(tiny: Any, pair: Pair, tmp_path: Path, watch: Any) -> None:
+    """Steps have trained a constant for each class of the teacher, which no words have."""
+    settings, progress = (*tiny.SETTINGS, "train.epochs=1"), watch(lambda step: None)
+    data = {"data": tiny.data, "student": pair.word}
+    start(resolve(words={**data, "method": "linear", "losses": "ce"}, settings=settings), tmp_path / "teacher")
+    zero = start(
+        resolve(words={**data, "method": "linear", "losses": "ce"}, settings=[*settings, "train.fit=none"]),
+        tmp_path / "zero",
+    ).student.head
+    words = {**data, "method": "promptkd", "losses": "ce,clip_feature", "teacher": str(tmp_path / "teacher")}
+    student = start(resolve(words=words, settings=settings), tmp_path / "run", progress).student
+    assert [line for line in progress.said if line.startswith("promptkd answers in the student's own words")]
+    (wanted,) = (tensor for key, tensor in zero.items() if key.endswith("weight"))
+    taken = student.model.get_submodule("remap_promptkd").weight
+    torch.testing.assert_close(taken, wanted.detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_a_run_whose_results_are_lost_has_the_words_it_learned(tiny: Any, pair: Pair, tmp_path: Path) -> None:
     """Without images to evaluate on, nothing but the end of training writes the words into the classifier."""
     words = {"student": pair.word, "teacher": pair.word, "unlabeled": f"{tiny.data}/train", "method": "coop"}

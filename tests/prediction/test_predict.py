@@ -257,6 +257,11 @@ def test_parts_of_other_commands_are_not_continued(make_task: MakeTask, photos: 
         with pytest.raises(RunError, match="holds rows of another command") as caught:
             PredictionFile(path, settings)
         assert caught.value.given == says
+    noted = (file.folder / "settings.json").read_text()
+    (file.folder / "settings.json").write_text("[]")
+    with pytest.raises(RunError, match="holds rows of another command"):
+        PredictionFile(path, {"tasks": {"": "x"}, "top": 1})
+    (file.folder / "settings.json").write_text(noted)
     for words in ([photos / "00.png"], [photos / "02.png", photos]):
         with pytest.raises(RunError, match="the images are not those"):
             file.predict(Inputs(words), lambda items: iter(()))
