@@ -48,6 +48,8 @@ MODELS = {
 }
 
 SHORT_NAMES = {name: model.timm for name, model in MODELS.items()}
+# timm names of the models whose weights come with this package.
+EMBEDDED = frozenset(model.timm for model in MODELS.values() if model.weights.endswith("shipped"))
 
 # How the weights behind a short name are read where the name implies it; see ``build``.
 PRESETS = {"mae_base": "mae"}
@@ -57,6 +59,11 @@ def resolve_name(word: str) -> str:
     """Return the timm name behind a short name; other words stay as they are."""
     name = SHORT_NAMES.get(word, word)
     return f"hf-hub:{name}" if name.startswith("timm/") else name
+
+
+def is_embedded(word: str) -> bool:
+    """Whether a word names a model whose weights come with this package, by its short or its timm name."""
+    return resolve_name(word) in EMBEDDED
 
 
 def preset_of(word: str, preset: str | None = None) -> str:

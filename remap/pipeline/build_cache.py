@@ -15,7 +15,7 @@ from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.run import run, validate_inputs
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import choose_storage, make_teacher
-from remap.pipeline.teacher_tuning import OfTeacher, needs_logits, teachers_to_tune
+from remap.pipeline.teacher_tuning import needs_logits, teachers_to_tune
 from remap.pipeline.weak_teachers import check_teachers
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe
@@ -61,8 +61,8 @@ def prepared_components(recipe: Recipe, progress: Progress, shared: SharedResour
         path = Path(broadcast_str(folder)) / "run"
         run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
         accelerator().wait_for_everyone()
-        for title, teacher_dir, tuning in teachers_to_tune(recipe, run_dir, progress, shared):
-            run(tuning, teacher_dir, OfTeacher(progress, title), shared, resuming=True)
+        for teacher in teachers_to_tune(recipe, run_dir, progress, shared):
+            run(teacher.recipe, teacher.run_dir, teacher.heard_by(progress), shared, resuming=True)
         components = build_components(recipe, run_dir, progress, shared)
         check_teachers(components, progress)
         yield components

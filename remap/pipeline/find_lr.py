@@ -76,9 +76,9 @@ def find_lr(
     with tempfile.TemporaryDirectory() as folder:  # a probe is fitted for the teacher, and gone afterwards
         run_dir = RunDir.create(Path(folder) / "run", chosen)
         # Only teachers that are not tuned yet are yielded; a test of some steps does not wait hours for one.
-        for title, _, _ in teachers_to_tune(chosen, run_dir, progress, shared):
+        for teacher in teachers_to_tune(chosen, run_dir, progress, shared):
             raise RunError(
-                f"{title} has to be tuned before a range test",
+                f"{teacher.title} has to be tuned before a range test",
                 do="name a run that tuned it as the teacher, or set teacher.prepare=probe",
             )
         components = build_components(chosen, run_dir, progress, shared)

@@ -9,7 +9,7 @@ from remap.errors import DataError
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_tuning import data_of_teacher
 from remap.pipeline.trials import HELD_OUT
-from remap.recipe.schema import AUTO, DataSpec, Recipe
+from remap.recipe.schema import DataSpec, Recipe
 
 
 def require_each_class(recipe: Recipe, shared: SharedResources) -> None:
@@ -30,14 +30,14 @@ def require_each_class(recipe: Recipe, shared: SharedResources) -> None:
                 "all labelled images of a class would be held out, and none learned from",
                 given=f"{', '.join(names[:10])}; {len(data.train)} labelled images besides those held out",
                 do="label another image of each such class, or leave out what holds images out: train.keep=best,"
-                " train.patience, data.held_out, teacher.calibrate, auto, a search or ranking",
+                " train.patience, data.held_out, teacher.calibrate, losses: auto, a search or ranking",
             )
 
 
 def _parts(recipe: Recipe) -> Iterator[DataSpec]:
     if recipe.data.source is not None:
         yield recipe.data
-        if recipe.choose_losses or any(spec.prepare == AUTO for spec in recipe.teachers):
+        if recipe.choose_losses:
             yield recipe.data.model_copy(update={"held_out": recipe.data.held_out or HELD_OUT, "selection": None})
         for spec in recipe.teachers:
             if spec.calibrate:

@@ -5,10 +5,14 @@ import statistics
 from collections.abc import Generator, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from remap.data.augmentation import Augmentation
+from remap.data.splits import ImageData
 from remap.distributed.launch import accelerator
-from remap.io.human_size import number_of
+from remap.io.human_size import duration, number_of
 from remap.pipeline.nested_runs import open_or_create, require_unlinked
+from remap.pipeline.teacher_run import TeacherRun
 from remap.progress import Progress
 from remap.recipe.schema import BASE_WIDTH, MethodSpec, Recipe, TrainSpec
 from remap.recipe.sections import Fold
@@ -52,25 +56,41 @@ def _head_alone(tuning: Recipe) -> Recipe:
     return tuning.model_copy(update=update)
 
 
-def judged_parts(tuning: Recipe, images: int) -> int:
-    """Return on how many parts of so many labelled images each way is judged, each time learned from the others."""
-    return FOLDS if FOLDS <= images < FEW and tuning.data.held_out is None else 1
+def judged_parts(tuning: Recipe, data: ImageData) -> int:
+    """Return on how many parts of the labelled images each way is judged, each time learned from the others.
+
+    0 where no way can be: a class would have no image left to learn from.
+    """
+    if tuning.data.held_out is not None:  # a trial of a run that is itself judged by held-out images
+        return 1
+    images = len(data.train)
+    if not 0 < round((1.0 - HELD_OUT) * images) < images:
+        return 0
+    left = data.with_held_out(HELD_OUT)
+    if np.any((np.array(left.count(left.train)) == 0) & (np.array(left.count(left.val)) > 0)):
+        return 0
+    return FOLDS if FOLDS <= images < FEW else 1
 
 
 def best_way(
-    tuning: Recipe, images: int, folder: Path, title: str, progress: Progress
-) -> Generator[tuple[str, RunDir, Recipe], None, Recipe]:
-    """Yield the trials that have not ended: title, run directory and recipe, which the caller runs at once.
+    tuning: Recipe, data: ImageData, folder: Path, title: str, progress: Progress
+) -> Generator[TeacherRun, None, Recipe]:
+    """Yield the trials that have not ended, which the caller runs at once.
 
     Args:
-        images: How many labelled training images there are.
+        data: The labelled training images.
         folder: Of the teacher; those of the trials lie beside it.
 
     Returns:
-        The recipe of the best way, by all labelled images.
+        The recipe of the best way, by all labelled images; of the first one where none can be judged.
     """
-    ways, parts, accuracies = ways_to_prepare(tuning), judged_parts(tuning, images), dict[str, float]()
-    by = f"by each fifth of the {images} labelled images" if parts > 1 else "by held-out training images"
+    ways, parts, accuracies = ways_to_prepare(tuning), judged_parts(tuning, data), dict[str, float]()
+    images = number_of(len(data.train), "labelled image")
+    if parts == 0:
+        name, way = next(iter(ways.items()))
+        progress.say(f"{title} is prepared by {name}: {images} of {len(data.classes)} classes are too few to judge by")
+        return way
+    by = f"by each fifth of the {images}" if parts > 1 else "by held-out training images"
     progress.say(f"{title} is prepared in {number_of(len(ways), 'way')}, judged {by}")
     for name, way in ways.items():
         found = []
@@ -81,8 +101,10 @@ def best_way(
             trial = _judged_by_held_out(way, part if parts > 1 else None)
             run_dir = open_or_create(place, trial)
             if not run_dir.is_done:
-                yield f"{title}, {which}", run_dir, trial
-            found.append(run_dir.summary()["student"]["accuracy"])
+                yield TeacherRun(f"{title}, {which}", run_dir, trial, is_trial=True)
+            summary = run_dir.summary()
+            found.append(summary["student"]["accuracy"])
+            progress.say(f"{title}, {which}: {found[-1]:.1%}, {duration(summary['seconds'])}")
             _remove_weights(run_dir)
         accuracies[name] = statistics.mean(found)
     best = max(accuracies, key=lambda name: accuracies[name])  # of equal ones the first

@@ -38,16 +38,18 @@ def _advice(summary: Mapping[str, Any]) -> str | None:
     student, data, baseline = summary["student"]["accuracy"], summary["data"], summary.get("baseline")
     teachers = [summary[name] for name in ("teacher",) if name in summary] + summary.get("more_teachers", [])
     teachers = [one for one in teachers if not one["model"].startswith((f"{SELF} (", f"{EMA} ("))]
-    best = max((one["accuracy"] for one in teachers if one["accuracy"] is not None), default=None)
-    if student is None or best is None or not data["labeled_images"]:  # without labels it can hardly be passed
+    judged = [one for one in teachers if one["accuracy"] is not None]
+    if student is None or not judged or not data["labeled_images"]:  # without labels it can hardly be passed
         return None
+    teacher = max(judged, key=lambda one: float(one["accuracy"]))
     if baseline is not None and student > baseline["accuracy"]:
         return None
-    if best <= student:
+    if teacher["accuracy"] <= student:
+        # A head alone was fitted, where tuning all of it may be better.
+        tune = "tune it (--set teacher.prepare=auto)," if teacher.get("head") == "probe" else "prepare it"
         return (
-            f"the teacher is not better than its student on these images ({best:.1%} and {student:.1%}): tune it"
-            " (--set teacher.prepare=auto), for longer or with augmentation (teacher.epochs, data.augment), or take a"
-            f" better one; {RULE}"
+            f"the teacher is not better than its student on these images ({teacher['accuracy']:.1%} and {student:.1%}):"
+            f" {tune} for longer or with augmentation (teacher.epochs, data.augment), or take a better one; {RULE}"
         )
     prompts = any(row.category == "prompt" for row in rows_of(summary["method"]))
     if data["labeled_images"] == data["train_images"] and prompts:

@@ -42,7 +42,7 @@ from remap.pipeline.shared import SharedResources
 from remap.pipeline.shrink_student import require_shape
 from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
-from remap.pipeline.teacher_tuning import OfTeacher, lend_teachers, require_folds, require_unjudged, teachers_to_tune
+from remap.pipeline.teacher_tuning import lend_teachers, require_folds, require_unjudged, teachers_to_tune
 from remap.pipeline.trackers import require_installed
 from remap.pipeline.training_job import training_job, warn_before_training
 from remap.pipeline.trials import chosen, trials, tried
@@ -104,10 +104,11 @@ def run(
         beside = locks.enter_context(waiting) if is_beside else None
 
         # Tune teachers: each is a run by itself, finished before anything of this one is built.
-        for title, teacher_dir, tuning in teachers_to_tune(recipe, run_dir, progress, shared):
+        for teacher in teachers_to_tune(recipe, run_dir, progress, shared):
             require_student(recipe, shared)  # before a teacher is tuned for hours
             later = own + baseline + steps_after
-            run(tuning, teacher_dir, OfTeacher(progress, title), shared, resuming=True, steps_after=later)
+            heard_by = teacher.heard_by(progress)
+            run(teacher.recipe, teacher.run_dir, heard_by, shared, resuming=True, steps_after=later)
 
         if recipe.choose_losses:
             recipe = _choose_losses(recipe, run_dir, progress, shared, locks)

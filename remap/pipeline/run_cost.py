@@ -92,7 +92,9 @@ def preparation_cost(
     trials = 0.0
     if spec.prepare == AUTO:  # a head alone takes next to nothing
         whole = teacher_recipe(recipe, spec)
-        parts = judged_parts(whole, len(shared.index(whole.data).train))
+        parts = judged_parts(whole, shared.index(whole.data))
+        if not parts:
+            return each * len(components.views.train.split), TASK_RECORD
         trials = (1.0 - HELD_OUT_OF_TEACHER) * parts * (len(ways_to_prepare(whole)) - 1)
     # The teachers of folds have equally many images: the first stands for all.
     for fold, count in ((0, 1), *([(1, spec.folds)] if spec.folds else [])):

@@ -1,7 +1,6 @@
 """Teachers that are tuned before the run: which, by what recipe, and where they are stored."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from remap.pipeline.nested_runs import open_or_create, require_unlinked
 from remap.pipeline.preparation_trials import best_way, remove_trials
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.stored_teacher import StoredTeacher
-from remap.progress import Progress, Step, Within
+from remap.pipeline.teacher_run import TeacherRun
+from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import AUTO, EMA, SELF, WORDS, DataSpec, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
 from remap.recipe.sections import Fold
@@ -30,26 +30,10 @@ from remap.runs.task_file import folder_of, read_meta
 HELD_OUT = 0.2
 
 
-class OfTeacher(Within):
-    """The progress of a run that tunes a teacher, which is the student there."""
-
-    def say(self, text: str) -> None:
-        super().say(_of_teacher(text))
-
-    @contextmanager
-    def wait(self, what: str, total: int | None = None) -> Iterator[Step]:
-        with super().wait(_of_teacher(what), total) as step:
-            yield step
-
-
-def _of_teacher(text: str) -> str:
-    return text.replace("the student", "the teacher")
-
-
 def teachers_to_tune(
     recipe: Recipe, run_dir: RunDir, progress: Progress, shared: SharedResources
-) -> Iterator[tuple[str, RunDir, Recipe]]:
-    """Yield what has to be tuned before this run, teachers and their trials: title, run directory and recipe of each.
+) -> Iterator[TeacherRun]:
+    """Yield what has to be tuned before this run, teachers and their trials.
 
     The caller runs each recipe before it asks for the next one.
     """
@@ -72,9 +56,8 @@ def teachers_to_tune(
                     classes = len(shared.classes(recipe))
                     progress.say(f"{title} has no head for these {classes} classes: tuning it ({spec.prepare})")
                     if spec.prepare == AUTO:
-                        images = len(shared.index(tuning.data).train)
-                        tuning = yield from best_way(tuning, images, folder, title, progress)
-                    yield title, open_or_create(folder, tuning), tuning
+                        tuning = yield from best_way(tuning, shared.index(tuning.data), folder, title, progress)
+                    yield TeacherRun(title, open_or_create(folder, tuning), tuning)
                     if spec.prepare == AUTO:
                         remove_trials(folder)
                     # A run that was resumed may have begun on another machine, whose bits differ.

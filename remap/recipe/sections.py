@@ -103,7 +103,8 @@ class TeacherSpec(ModelSpec):
     model: PathOrName = Field(default="mini_teacher", description='"self" is the untuned student, "ema" its average.')
     prepare: str = Field(
         default="probe",
-        description='"probe" fits a head, "words" makes one of names (clip:), a method or "auto" tunes it; or "none".',
+        description='"probe" fits a head, "words" makes one of names (clip:), a method tunes it; "auto" tries ways, and'
+        ' is the default of embedded models on your own images; or "none".',
     )
     classes: Annotated[PathOrName | None, LATER] = Field(
         default=None, description="YAML or JSON: our class to its class, or to a list; null matches by name."

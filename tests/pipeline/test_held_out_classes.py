@@ -20,7 +20,6 @@ HOLDING = {
     "selection": ("train.keep=best", "data.selection=0.3"),
     "held_out": ("data.held_out=0.3",),
     "calibrate": ("teacher.calibrate=true",),
-    "auto teacher": ("teacher.prepare=auto",),
 }
 
 

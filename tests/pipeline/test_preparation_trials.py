@@ -4,9 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
+from remap.data.splits import ImageData, Split
 from remap.data.views import View
 from remap.errors import RecipeError, RemapError
 from remap.io import atomic_write
@@ -19,7 +22,8 @@ from remap.pipeline.run_cost import preparation_cost
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_tuning import teacher_recipe
 from remap.progress import Progress, Silent
-from remap.recipe import Recipe
+from remap.recipe import Recipe, resolve
+from remap.recipe.resolution import dump, validate
 from remap.recipe.schema import BASE_WIDTH
 from remap.runs.task import load_task
 
@@ -30,14 +34,22 @@ def _tuning(recipe: Recipe) -> Recipe:
     return teacher_recipe(recipe, recipe.teachers[0])
 
 
+def _data(images: int, classes: int = 3) -> ImageData:
+    """So many labelled images of so many classes in turn."""
+    labels = np.arange(images) % classes
+    train = Split(tuple(map(str, range(images))), labels, lambda _: b"")
+    return ImageData("own", tuple(map(str, range(classes))), train, Split.empty())
+
+
 def _choose(
     recipe: Recipe, folder: Path, accuracies: dict[str, float], images: int = FEW, trials: list[Recipe] | None = None
 ) -> tuple[Recipe, list[str]]:
     """Drive the trials as a run does, with accuracies that are given; return the choice and what was run."""
-    ways, ran = best_way(_tuning(recipe), images, folder, "the teacher", Silent()), []
+    ways, ran = best_way(_tuning(recipe), _data(images), folder, "the teacher", Silent()), []
     try:
         while True:
-            title, run_dir, trial = next(ways)
+            title, run_dir, trial, is_trial = next(ways)
+            assert is_trial
             name = title.rpartition(", ")[2]
             assert run_dir.path == folder.with_name(f"teacher-trial-{name}")
             fold = trial.data.fold
@@ -46,7 +58,9 @@ def _choose(
             assert trial.train.eval_every == trial.train.epochs
             for weights in (run_dir.task, run_dir.checkpoint):
                 weights.mkdir()
-            atomic_write.write_json(run_dir.path / "summary.json", {"student": {"accuracy": accuracies[name]}})
+            atomic_write.write_json(
+                run_dir.path / "summary.json", {"student": {"accuracy": accuracies[name]}, "seconds": 1.0}
+            )
             atomic_write.write_json(run_dir.path / "status.json", {"status": "done"})
             assert list(folder.parent.glob("*/task")) == [run_dir.task]  # those before are gone
             ran.append(name)
@@ -102,9 +116,53 @@ def test_few_labels_are_judged_by_each_of_them(tiny: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("images", "parts"), [(FOLDS - 1, 1), (FOLDS, FOLDS), (FEW - 1, FOLDS), (FEW, 1)])
 def test_many_labels_are_judged_by_a_share_of_them(tiny: Any, images: int, parts: int) -> None:
     tuning = _tuning(tiny.recipe(*AUTO, losses="ce,kd"))
-    assert judged_parts(tuning, images) == parts
+    assert judged_parts(tuning, _data(images)) == parts
     held_out = tuning.data.model_copy(update={"held_out": 0.5})  # a trial of a run that is judged by these
-    assert judged_parts(tuning.model_copy(update={"data": held_out}), images) == 1
+    assert judged_parts(tuning.model_copy(update={"data": held_out}), _data(images)) == 1
+
+
+@pytest.mark.parametrize(("images", "classes"), [(1, 1), (2, 1), (20, 20), (24, 20)])
+def test_where_a_class_would_be_left_without_images_nothing_is_tried(
+    tiny: Any, tmp_path: Path, watch: Callable[..., Any], images: int, classes: int
+) -> None:
+    tuning, data, spoken = _tuning(tiny.recipe(*AUTO, losses="ce,kd")), _data(images, classes), watch(lambda done: None)
+    assert judged_parts(tuning, data) == 0
+    with pytest.raises(StopIteration) as ended:  # no trial
+        next(best_way(tuning, data, tmp_path / "teacher", "the teacher", spoken))
+    assert (ended.value.value.method.name, ended.value.value.train.fit) == ("linear", "logistic")
+    (said,) = spoken.said
+    assert said.startswith("the teacher is prepared by probe: ") and said.endswith("are too few to judge by")
+
+
+def test_a_run_with_one_label_a_class_fits_a_head(tiny: Any, tmp_path: Path) -> None:
+    summary = start(tiny.recipe(*AUTO, "data.labels=3", "teacher.allow_weak=true", losses="ce,kd"), tmp_path / "run")
+    assert summary.summary["teacher"]["head"] == "linear"
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "prepare"),
+    [
+        ({}, (), "auto"),
+        ({"teacher": "vit_mini_conv_patch4_32.cifar10"}, (), "auto"),
+        ({"teacher": "mini_student,mini_teacher"}, (), "auto"),
+        ({"data": "digits"}, (), "probe"),
+        ({"teacher": "self"}, (), "probe"),
+        ({"teacher": "vit_small"}, (), "probe"),
+        ({}, ("teacher.prepare=probe",), "probe"),
+        ({}, ("teacher.weights=none",), "probe"),
+        ({}, ("teacher.calibrate=true",), "probe"),
+        ({}, ("teacher.folds=3",), "probe"),
+        ({}, ("data.held_out=0.3",), "probe"),
+    ],
+)
+def test_embedded_models_are_prepared_by_the_best_way_on_images_of_ones_own(
+    tiny: Any, words: dict[str, str], settings: tuple[str, ...], prepare: str
+) -> None:
+    """A saved recipe says it, so that a run of an earlier version is resumed as it was."""
+    given = {"data": tiny.data, "teacher": "mini_teacher", "student": "mini_student", **words}
+    recipe = resolve(words=given, settings=settings)
+    assert {spec.prepare for spec in recipe.teachers} == {prepare}
+    assert validate(yaml.safe_load(dump(recipe)), "saved").teachers == recipe.teachers
 
 
 def test_a_named_rate_is_the_only_one(tiny: Any) -> None:

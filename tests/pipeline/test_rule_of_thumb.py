@@ -62,3 +62,17 @@ def test_it_says_nothing_of_a_teacher_made_of_the_student() -> None:
         "data": {"labeled_images": 9, "train_images": 9},
     }
     assert losing_case(summary) is None
+
+
+@pytest.mark.parametrize(
+    ("head", "says"), [("probe", "tune it (--set teacher.prepare=auto)"), ("full", "prepare it for longer")]
+)
+def test_a_teacher_that_was_tuned_is_not_to_be_tuned(head: str, says: str) -> None:
+    summary = {
+        "method": "lora",
+        "student": {"accuracy": 0.9},
+        "teacher": {"model": "mini_teacher", "accuracy": 0.8, "head": head},
+        "baseline": {"accuracy": 0.95},
+        "data": {"labeled_images": 100, "train_images": 100, "val_images": 10_000},
+    }
+    assert f": {says}" in (losing_case(summary) or "")
