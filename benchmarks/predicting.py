@@ -3,6 +3,7 @@
 python benchmarks/predicting.py files --images 20000     RSS every 2,000 images; SIGKILL and resume
 python benchmarks/predicting.py tasks --count 20         disk, switching, mixed batches, on random ViT-S weights
 python benchmarks/predicting.py speed --folder photos --against ../main     with another checkout, in turns
+python benchmarks/predicting.py lanes --folder photos --run runs/digits-hira-001     passes side by side, and one alone
 """
 
 import argparse
@@ -25,6 +26,9 @@ from safetensors.torch import save_file
 from remap.data.views import View
 from remap.network import tuned
 from remap.pipeline.student_api import load_student
+from remap.prediction import predictions as module
+from remap.prediction.inputs import Inputs
+from remap.prediction.predict import open_students
 from remap.recipe.schema import ModelSpec
 from remap.runs.task import open_backbone, save_task
 from remap.tasks.shelf import Shelf
@@ -163,17 +167,37 @@ def speed(folder: Path, against: Path, images: int, methods: list[str], repeats:
             print(f"| `{method}` | {images:,} | {' | '.join(walls)} | {' | '.join(shown)} |", flush=True)
 
 
+def lanes(run: Path, folder: Path, images: int, repeats: int) -> None:
+    """Predict by forward passes side by side, each with a share of the cores, and by one at a time, in turns."""
+    students, files, most = open_students(run, "cpu"), Inputs(sorted(folder.iterdir())[:images]), module.most_lanes
+    found: list[list[tuple[float, float]]] = [[], []]
+    rows: list[list[object]] = [[], []]
+    for _ in range(repeats):
+        for side, count in enumerate((lambda *_: 1, most)):
+            module.most_lanes = count
+            wall, used = time.perf_counter(), time.process_time()
+            rows[side] = list(module.predictions(students, files, module.Wanted()))
+            found[side].append((time.perf_counter() - wall, time.process_time() - used))
+    ratios = [[new[clock] / old[clock] for old, new in zip(*found, strict=True)] for clock in (0, 1)]
+    shown = [f"{median(one):.2f} ({min(one):.2f} to {max(one):.2f}, {len(one)})" for one in ratios]
+    print(f"{len(rows[0]):,} images, {torch.get_num_threads()} threads; side by side / one: wall {shown[0]},", end=" ")
+    print(f"processor {shown[1]}; {'equal' if rows[0] == rows[1] else 'other'} rows")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["files", "tasks", "speed"])
+    parser.add_argument("what", choices=["files", "tasks", "speed", "lanes"])
     parser.add_argument("--images", type=int, default=20000)
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--against", type=Path)
+    parser.add_argument("--run", type=Path)
     parser.add_argument("--methods", default="vpt_deep,lora,linear")
     parser.add_argument("--repeats", type=int, default=2)
     given = parser.parse_args()
     if given.what == "speed":
         speed(given.folder, given.against, given.images, given.methods.split(","), given.repeats)
+    elif given.what == "lanes":
+        lanes(given.run, given.folder, given.images, given.repeats)
     else:
         files(given.images) if given.what == "files" else tasks(given.count)

@@ -48,7 +48,7 @@ def predict(
             show_default=False,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images computed at once.")] = 64,
     adapt: Annotated[
         str | None,
         typer.Option(

@@ -17,6 +17,13 @@ __version__ = "0.1.0"
 # a batch. Its reproducible mode makes them equal, without a measurable cost. MKL reads this at its first call.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
+# OpenMP's threads wait for each other after each operation, and GNU's spin for milliseconds before they sleep: where
+# another program has one of the cores they spin most of the time, and a step takes many times as long
+# (benchmarks/busy_machine.py). A tenth of a millisecond is longer than what lies between two operations. Read when
+# torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
 if TYPE_CHECKING:
     from remap.engine.callback import Callback as Callback
     from remap.errors import RemapError as RemapError

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from numbers import Integral
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,14 @@ from remap.errors import RecipeError, RunError
 from remap.network import Runner
 from remap.pipeline.student_api import Student, require_share
 from remap.prediction.inputs import Item
+from remap.prediction.lanes import lanes, most_lanes
 from remap.prediction.tent import Tent, adapting
 from remap.remapping.signals import Needs, Signals
 from remap.tuning.seam import FeatureSeam
 
 PRECISIONS = ("auto", "fp32", "bf16")
+# Images, each in every view, or why it cannot be read.
+Batch = tuple[tuple[Item, list[NDArray[np.uint8]] | str], ...]
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Wanted:
     Attributes:
         top: Number of likeliest classes; of a student with fewer, all. None is one; of task multilabel all that are as
             likely as ``threshold``.
-        batch_size: Images of one forward pass.
+        batch_size: Images that are computed at once; on a CPU several forward passes share them (``lanes``).
         workers: Threads that decode; None for one a core, at most 8.
         precision: "fp32", "bf16" (autocast), or "auto": bfloat16 where the device computes in it. None is that of the
             run's recipe, and auto for task folders, shelves and several runs.
@@ -133,11 +137,35 @@ def predictions(students: Mapping[str, Student], items: Iterable[Item], wanted: 
     """
     views = list(dict.fromkeys(student.view for student in students.values()))
     wanted.require_fit(students)
-    answer = _Answers(students, views, wanted)
-    with answer.adapting(), threads(wanted.workers or min(8, os.cpu_count() or 1)) as pool:
+    with threads(wanted.workers or min(8, os.cpu_count() or 1)) as pool:
         decoded = map_ahead(pool, partial(_read, views), items, AHEAD * wanted.batch_size)
-        while batch := tuple(islice(decoded, wanted.batch_size)):
-            yield from answer.rows(batch)
+        most = most_lanes(students, wanted.batch_size) if wanted.adapt is None else 1
+        batches = iter(lambda: tuple(islice(decoded, -(-wanted.batch_size // most))), ())
+        first = list(islice(batches, most))
+        with lanes(students, len(first)) as copies:
+            answers = [_Answers(copy, views, wanted) for copy in copies]
+            if len(answers) == 1:
+                with answers[0].adapting():
+                    for batch in chain(first, batches):
+                        yield from answers[0].rows(batch)
+                return
+            free = SimpleQueue[_Answers]()
+            for answer in answers:
+                free.put(answer)
+            with threads(len(answers)) as computing:
+                # One batch more than can be computed waits, so that none of them does while rows are written.
+                waiting = len(answers) + 1
+                for _, rows in map_ahead(computing, partial(_rows, free), chain(first, batches), waiting):
+                    yield from rows
+
+
+def _rows(free: "SimpleQueue[_Answers]", batch: Batch) -> list[list[Prediction]]:
+    """Return the rows of a batch by one of the networks that are free: as many as there are threads that call this."""
+    answer = free.get_nowait()
+    try:
+        return list(answer.rows(batch))
+    finally:
+        free.put(answer)
 
 
 def _read(views: list[View], item: Item) -> list[NDArray[np.uint8]] | str:
@@ -185,7 +213,7 @@ class _Answers:
             yield
 
     @torch.no_grad()
-    def rows(self, batch: tuple[tuple[Item, list[NDArray[np.uint8]] | str], ...]) -> Iterator[list[Prediction]]:
+    def rows(self, batch: Batch) -> Iterator[list[Prediction]]:
         readable = [read for _, read in batch if not isinstance(read, str)]
         columns = [self._predictions(name, signals) for name, signals in self._signals(readable)] if readable else []
         by_image = zip(*columns, strict=True)

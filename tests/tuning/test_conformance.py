@@ -4,6 +4,7 @@ Expected values are the untouched timm model (a second one built from the same s
 quantity computed another way (a fresh model, its state dict); nothing is a recorded number.
 """
 
+import copy
 import itertools
 import re
 from collections.abc import Callable
@@ -43,6 +44,7 @@ def test_a_method_that_was_just_attached(
         lambda: _load_refuses_other_names_and_shapes(attached),
         lambda: _the_row_says_what_attaching_gives(attached, pair),
         lambda: _sites_of_dropout_differ(attached),
+        lambda: _a_copy_has_nothing_of_the_original(attached, tools),
         lambda: _weight_decay_leaves_vectors_and_prompts_alone(attached, tools),
         lambda: _forward_features_and_intermediates_keep_their_shapes(base, attached, tools, pair),
         lambda: _extra_tokens_stand_between_prefix_and_patches_inside_every_block(base, attached, tools, pair),
@@ -103,6 +105,18 @@ def _plain(build: Build, tools: Tools, variant: str) -> Tools:
 
 
 PLAIN: dict[str, Tools] = {}
+
+
+def _a_copy_has_nothing_of_the_original(attached: Attached, tools: Tools) -> None:
+    """Copies compute side by side in threads: what one does to its modules, tensors and hooks, others must not see."""
+    images = tools.images()
+    with torch.no_grad():
+        expected = attached.model(images)
+        twin = copy.deepcopy(attached)
+        assert torch.equal(twin.model(images), expected)
+        for tensor in (*twin.model.parameters(), *twin.model.buffers()):
+            tensor.zero_()
+        assert torch.equal(attached.model(images), expected)
 
 
 def _intermediates(sequence: object) -> list[dict[str, Any]]:
