@@ -19,10 +19,10 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 
 # OpenMP's threads wait for each other after each operation, and GNU's spin for milliseconds before they sleep: where
 # another program has one of the cores they spin most of the time, and a step takes many times as long
-# (benchmarks/busy_machine.py). A tenth of a millisecond is longer than what lies between two operations. Read when
-# torch is loaded.
+# (benchmarks/busy_machine.py). A tenth of that is longer than what lies between two operations. Read when torch is
+# loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 if TYPE_CHECKING:
     from remap.engine.callback import Callback as Callback

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.mark.parametrize(
     ("given", "spins"),
-    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+    [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
 )
 def test_threads_that_wait_spin_briefly_unless_it_is_said(given: dict[str, str], spins: str) -> None:
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
