@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +27,7 @@ def cache_ls(json: opt.Json = False) -> None:
 
     root = cache_root()
     found = list_caches(root)
+    _say_damaged(root)
     if json:
         console.emit([row.to_dict() for row in found])
         return
@@ -51,6 +53,13 @@ def cache_ls(json: opt.Json = False) -> None:
         right=(4, 5, 6),
         wrap=(1, 2, 3),
     )
+
+
+def _say_damaged(root: Path) -> None:
+    from remap.cache.cache_folders import damaged_folders, prepared_root
+
+    for folder in (*damaged_folders(root), *damaged_folders(prepared_root(root))):
+        console.note(f"damaged, neither listed nor cleared: delete it yourself with rm -r {shlex.quote(str(folder))}")
 
 
 def _view(key: dict[str, Any]) -> str:
@@ -99,6 +108,7 @@ def cache_clear(
     from remap.cache.cache_listing import chosen_caches, clear
 
     root = cache_root()
+    _say_damaged(root)
     chosen = chosen_caches(root, keys or (), everything=everything, older_than_days=older_than)
     if chosen and not yes:
         _confirm(chosen)

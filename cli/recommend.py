@@ -31,19 +31,21 @@ def recommend(values: dict[str, Any]) -> None:
 
 
 def _show(found: dict[str, Any]) -> None:
+    epochs = max((row["epochs"] for row in found["rows"]), key=len)
     rows = []
     for row in found["rows"]:
+        shown = [f"{100 * one:.1f}" for one in row["accuracies"]]
+        shown += ["-"] * (len(epochs) - len(shown))  # of a method that left in an earlier round
         low, high = row["interval"]
         rows.append(
             [
                 row["method"],
                 console.count(row["parameters"]),
-                " ".join(f"{100 * one:.1f}" for one in row["accuracies"]),
+                " ".join(shown),
                 f"{'' if row['measured'] else '~'}{100 * row['expected']:.1f} ({100 * low:.1f}-{100 * high:.1f})",
                 "worse" if row["told_apart"] else "best" if row["method"] == found["best"] else "cannot tell",
             ]
         )
-    epochs = max((row["epochs"] for row in found["rows"]), key=len)
     console.table(
         f"{found['student']} on {found['data']}: accuracy in % on {found['held_out_images']} held-out training images",
         [

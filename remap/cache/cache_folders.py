@@ -128,6 +128,14 @@ def read_key(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def damaged_folders(root: Path) -> list[Path]:
+    """Return folders named as caches are, whose key does not fit: they are never used or deleted, but take room."""
+    try:
+        return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name) and read_key(path) is None)
+    except OSError:  # no caches yet; ``list_caches`` says what else is wrong
+        return []
+
+
 def has_cache(root: Path, key: Mapping[str, Any]) -> bool:
     """Return whether outputs were cached under this key before."""
     return read_key(root / cache_id(key)) is not None

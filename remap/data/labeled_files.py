@@ -143,7 +143,11 @@ def _hold_out(word: str, by_class: ByClass, fraction: float, skipped: Skipped, l
     images = _split(by_class, classes)
     small = [classes[label] for label, count in enumerate(np.bincount(images.labels)) if count < 2]
     if small:
-        raise DataError("a class needs two images at least, one to learn from and one to check", given=", ".join(small))
+        raise DataError(
+            "a class needs two images at least, one to learn from and one to check",
+            given=", ".join(small[:10]) + (f" and {len(small) - 10} more" if len(small) > 10 else ""),
+            do="add images, remove these classes, or name images to evaluate on (--val-data)",
+        )
     files = [file for name in classes for file in by_class[name]]
     first_N = first_copies(images, lambda index: files[index][1].size(files[index][0]))
     distinct = len(np.unique(first_N))

@@ -24,6 +24,7 @@ from remap.pipeline.teacher_tuning import require_folds
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
 from remap.recipe.teacher_checks import idle_options
+from remap.runs.environment import command
 
 
 def compare(
@@ -116,11 +117,13 @@ def _has_ended(output: Path, cell: Cell) -> bool:
 
 
 @contextmanager
-def resumable(output: Path, command: str = "compare") -> Iterator[None]:
+def resumable(output: Path, name: str = "compare") -> Iterator[None]:
     """Say of an interruption how a command with several runs is resumed."""
     try:
         yield
     except Interrupted as error:
-        line = f"remap {command} ... --output {shlex.quote(str(output))}"
+        words = command()
+        is_ours = words[0] == "remap" or words[:3] == ["python", "-m", "remap_cli"]  # not a program that calls remap
+        line = shlex.join(words) if is_ours else f"remap {name} ... --output {shlex.quote(str(output))}"
         do = f"resume with the options it was started with: {line}; finished runs are not run again"
         raise Interrupted(error.what, exit_code=error.exit_code, do=do, at_once=error.at_once) from error

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,17 +18,20 @@ from remap.io.paths import absolute
 from remap.pipeline.comparison_cells import ALONE, Cell, teacher_key
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec, MethodSpec, Recipe
+from remap.runs.environment import command
 from remap.runs.run_dir import RunDir
 from remap.runs.run_records import JUDGED
 
 # The file that names the recipe of a comparison, and the folders of the teacher that its runs share, and of trials.
 MARKER, TEACHER, SEARCH = "compare-of.txt", "teacher", "search"
+# The command that was given last: it resumes the comparison.
+COMMAND = "command.txt"
 # What is not done again for another recipe: finished runs and trials, and a teacher that is being tuned.
 _BEGUN = (
     *("*/summary.json", f"{SEARCH}/*/summary.json", f"{SEARCH}/*/*/summary.json", "round-*/*/summary.json"),
     *(f"{TEACHER}*/recipe.yaml", f"{SEARCH}/{TEACHER}*/recipe.yaml"),
 )
-MOST_MARKER_BYTES = 1000
+MOST_MARKER_BYTES, MOST_COMMAND_BYTES = 1000, 100_000
 # Fields in which the cells of one comparison differ.
 _OF_CELLS = (
     "name",
@@ -96,11 +100,20 @@ def claim(output: Path, recipe: Recipe) -> None:
             raise RunError(
                 f"{output} holds a comparison of another recipe; nothing in it was touched",
                 given=_differences(recipe, [path for path in cells if not path.name.startswith(TEACHER)]),
-                do="name another --output, or repeat the options it was started with",
+                do=f"name another --output, or repeat the options it was started with: {command_of(output)}",
             )
         if then:
             _remove_teachers(output)
     atomic_write.write_text(marker, digest + "\n")
+    atomic_write.write_bytes(output / COMMAND, f"{shlex.join(command())}\n".encode(errors="surrogateescape"))
+
+
+def command_of(output: Path) -> str:
+    """Return the command that made a comparison, as its folder has it."""
+    try:
+        return plain(read_regular(output / COMMAND, MOST_COMMAND_BYTES).decode(errors="replace").strip())
+    except OSError:  # of an earlier version
+        return f"remap compare ... --output {shlex.quote(plain(str(output)))}"
 
 
 def _remove_teachers(output: Path) -> None:

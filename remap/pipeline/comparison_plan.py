@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from remap.distributed import launcher_env
 from remap.errors import RecipeError, RunError
 from remap.pipeline.comparison_budget import read_budget, with_epochs
 from remap.pipeline.comparison_cells import DEFAULT_METHODS, comparison_cells, split_word
@@ -40,6 +41,20 @@ class Plan:
     slurm: str | None = None
 
 
+def require_no_launcher() -> None:
+    """Refuse several processes: cells share data and teacher in one, and several would each prepare them.
+
+    Raises:
+        RunError: A launcher has started several.
+    """
+    if (count := launcher_env.number("WORLD_SIZE", 1)) > 1:
+        raise RunError(
+            "a comparison runs its cells one after the other in one process",
+            given=f"{count} processes",
+            do="call remap compare without a launcher; --jobs runs cells side by side, --slurm on many machines",
+        )
+
+
 def require_possible(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, plan: Plan) -> None:
     """Refuse what the options, the recipe and the folder show to be impossible. No images are looked at.
 
@@ -48,6 +63,7 @@ def require_possible(recipe: Recipe, methods: Sequence[str], seeds: int, output:
         RecipeError: The plan cannot be carried out.
     """
     require_folder(output)
+    require_no_launcher()
     require_no_processes(recipe, "remap compare")
     require_comparable(recipe, methods)
     if seeds < 1:

@@ -68,14 +68,8 @@ class Resources:
 
     def of(self, cell: Cell, folder: Path) -> "SharedResources":
         """Return what a cell shares with others whose teacher lies in the same folder."""
-        from remap.distributed.launch import require_one_process
         from remap.pipeline.shared import SharedResources
 
-        # Cells share data and teacher in one process; several would each prepare them.
-        require_one_process(
-            "a comparison runs its cells one after the other in one process",
-            "call remap compare without a launcher; the cells of several folders may run side by side",
-        )
         key = teacher_key(cell.recipe) if cell.recipe.teachers and cell.settings else self._key
         path = folder / (TEACHER if key == self._key else f"{TEACHER}{key}")
         if path not in self._by_folder:

@@ -44,7 +44,7 @@ def _advice(summary: Mapping[str, Any]) -> str | None:
     teacher = max(judged, key=lambda one: float(one["accuracy"]))
     if baseline is not None and student > baseline["accuracy"]:
         return None
-    if teacher["accuracy"] <= student:
+    if teacher["accuracy"] <= student and student < 1.0:  # no teacher is better than that
         # A head alone was fitted, where tuning all of it may be better.
         tune = "tune it (--set teacher.prepare=auto)," if teacher.get("head") == "probe" else "prepare it"
         return (

@@ -3,12 +3,21 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from remap.distributed.device_memory import is_out_of_memory
 from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, lost_process
-from remap.errors import MORE_THREADS, DiskFull, Interrupted, RemapError, ThreadRefused, TrainingError, refused_thread
+from remap.errors import (
+    MORE_THREADS,
+    DiskFull,
+    Interrupted,
+    MissingData,
+    RemapError,
+    ThreadRefused,
+    TrainingError,
+    refused_thread,
+)
 from remap.runs.hardware import machine
 from remap.runs.run_dir import RunDir
 
@@ -49,6 +58,7 @@ def track_status(run_dir: RunDir, resuming: bool) -> Iterator[RunClock]:
     main = accelerator().is_main_process
     # Time of earlier parts counts: the summary reports the whole run.
     clock = RunClock(run_dir.seconds() if resuming else 0.0)
+    before = (run_dir.status(), run_dir.message()) if resuming else None
     if main and resuming:
         run_dir.set_status("running", seconds=clock.earlier)
     elif main:
@@ -73,7 +83,7 @@ def track_status(run_dir: RunDir, resuming: bool) -> Iterator[RunClock]:
                 _record(run_dir, "stopped", f"by a callback: {error!r}", clock)
             raise
         explained = _explained(error, resume)
-        _record_failure(run_dir, error, str(explained or error), clock)
+        _record_failure(run_dir, error, str(explained or error), clock, before)
         if explained is None:
             raise
         raise explained from error
@@ -111,9 +121,18 @@ def _explained(error: BaseException, resume: str) -> RemapError | None:
     return None
 
 
-def _record_failure(run_dir: RunDir, error: BaseException, message: str, clock: RunClock) -> None:
-    """Record why the run failed: by the process that failed. That the others lost it is only a consequence."""
+def _record_failure(
+    run_dir: RunDir, error: BaseException, message: str, clock: RunClock, before: tuple[str, str] | None
+) -> None:
+    """Record why the run failed: by the process that failed. That the others lost it is only a consequence.
+
+    Args:
+        before: Status and message of the run that was to be resumed; it stays so where its images are missing.
+    """
     lost = lost_process(error)
+    if before is not None and isinstance(error, MissingData):
+        status, message = before
+        return _record(run_dir, status, message, replace(clock, started=time.perf_counter()))
     # Only one process knows the cause; the others see a broken connection.
     if lost is None:
         _record(run_dir, "failed", message, clock)

@@ -9,6 +9,8 @@ from remap.data.balance import answer_weights, class_weights
 from remap.data.copies import copies_across
 from remap.distributed.launch import accelerator
 from remap.engine.job import Job
+from remap.io.human_size import number_of
+from remap.io.names import plain
 from remap.pipeline.components import RunComponents
 from remap.pipeline.epoch_recorder import EpochRecorder
 from remap.pipeline.samples import method_sample
@@ -91,12 +93,28 @@ def class_balance(components: RunComponents, progress: Progress) -> dict[str, An
     return {"class_weights_C": torch.tensor(weights_C, dtype=torch.float32, device=accelerator().device)}
 
 
+def _classes_not_judged(components: RunComponents) -> str | None:
+    """Return that classes to learn have no evaluation image; None where each has one, or nothing is evaluated."""
+    data = components.views.data
+    if not len(data.val) or not len(data.train):
+        return None
+    learned, judged = data.count(data.train), data.count(data.val)
+    names = [plain(name) for name, one, other in zip(data.classes, learned, judged, strict=True) if one and not other]
+    if not names:
+        return None
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    what = f"{len(names)} of {number_of(len(data.classes), 'class')}"
+    return f"note: {what} have no evaluation image, so accuracy says nothing of {', '.join(names[:10])}{more}"
+
+
 def warn_before_training(components: RunComponents, shared: SharedResources, progress: Progress) -> None:
     """Say what of this run teaches nothing, is learned from and evaluated on, or depends on how a batch is divided."""
     copies = copies_across(components.views.contents, progress)
     # The runs of a comparison have the same images: it is said once.
     if copies is not None:
         shared.say_once(progress, copies)
+    if (unseen := _classes_not_judged(components)) is not None:
+        shared.say_once(progress, unseen)
     losses = [(loss.name, LOSSES.row(loss.name)) for loss in components.recipe.losses]
     if components.recipe.label_free:
         count, method = len(components.training_source.split), components.recipe.method.name

@@ -41,11 +41,18 @@ def check_teachers(components: RunComponents, progress: Progress) -> None:
 
 def require_all_useful(components: RunComponents, untrained: Measured | None) -> None:
     """Call ``require_useful`` for each teacher."""
-    for prepared in components.teachers:
-        require_useful(prepared, untrained, components.views.val)
+    for number, prepared in enumerate(components.teachers):
+        # Settings of the command line are those of the first one.
+        allow = "allow_weak: true of this teacher, in a recipe" if number else "--set teacher.allow_weak=true"
+        require_useful(prepared, untrained, components.views.val, allow)
 
 
-def require_useful(teacher: PreparedTeacher, untrained: Measured | None, source: ViewSource) -> None:
+def require_useful(
+    teacher: PreparedTeacher,
+    untrained: Measured | None,
+    source: ViewSource,
+    allow: str = "--set teacher.allow_weak=true",
+) -> None:
     """Refuse a teacher whose accuracy, or mAP, is not clearly above chance, or clearly below the untrained student's.
 
     Chance is the share of the most frequent class, or the mAP of a ranking at random. "Clearly" is by 95% intervals
@@ -54,6 +61,7 @@ def require_useful(teacher: PreparedTeacher, untrained: Measured | None, source:
 
     Args:
         untrained: The untrained student's figure; None compares with chance alone, before the student is evaluated.
+        allow: How a weak teacher is allowed, for the message.
 
     Raises:
         TrainingError: The teacher is too weak.
@@ -79,7 +87,7 @@ def require_useful(teacher: PreparedTeacher, untrained: Measured | None, source:
     raise TrainingError(
         f"the teacher's {metric} on {images} is {teacher.accuracy}: {why}",
         given=f"{teacher.network.identity.model}, head: {teacher.head}; in brackets 95% intervals",
-        do=f"start a new run: {few}{_remedy(teacher)}\n           or allow it: --set teacher.allow_weak=true",
+        do=f"start a new run: {few}{_remedy(teacher)}\n           or allow it: {allow}",
     )
 
 

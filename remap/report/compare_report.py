@@ -6,7 +6,7 @@ from typing import Any
 
 from remap.errors import RunError
 from remap.io.checked_json import read_run_json
-from remap.io.human_size import number_of, size
+from remap.io.human_size import number_of, part, size
 from remap.io.names import plain
 from remap.recipe.in_words import losses_in_words
 from remap.recipe.schema import LossSpec
@@ -58,7 +58,7 @@ def _write(folder: Path, table: dict[str, Any], pngs: bool) -> Path:
             "method": row["name"],
             "pareto": row["pareto"],
             "parameters": row["trainable_parameters"],
-            "share": row["trainable_parameters"] / row["total_parameters"],
+            "share": part(row["trainable_parameters"], row["total_parameters"]),
             "alone": _cell(row["alone"]),
             "teacher": _cell(row["teacher"]),
             "best_alone": row["alone"]["mean"] == best["alone"],
@@ -110,7 +110,7 @@ def _answer(table: dict[str, Any]) -> str:
     text = (
         f"With the teacher, {first['name']} has the best {metric} of {methods}: {_cell(first['teacher'])}%,"
         f" training {count(first['trainable_parameters'])} parameters"
-        f" ({percent(first['trainable_parameters'] / first['total_parameters'])})."
+        f" ({part(first['trainable_parameters'], first['total_parameters'])})."
     )
     if first["teacher"]["spread"] is None:
         text += " One seed says nothing about how far such figures vary; --seeds 3 does."

@@ -7,7 +7,7 @@ from typing import Any
 
 from remap.data import CLASSES, METRIC, metric_in
 from remap.errors import RunError
-from remap.io.human_size import size
+from remap.io.human_size import part, size
 from remap.io.names import plain
 from remap.recipe import Recipe
 from remap.recipe.in_words import losses_in_words
@@ -120,10 +120,10 @@ def _curves(history: list[dict[str, Any]]) -> list[figures.Drawing]:
 def _answer(summary: dict[str, Any], recipe: Recipe) -> str:
     """Return what came out, in one paragraph."""
     student, data = summary["student"], summary["data"]
-    share = student["trainable_parameters"] / student["total_parameters"]
+    share = part(student["trainable_parameters"], student["total_parameters"])
     who = (
         f"The student {student['model']}, tuned by {summary['method']} ({count(student['trainable_parameters'])} of"
-        f" {count(student['total_parameters'])} parameters, {percent(share)})"
+        f" {count(student['total_parameters'])} parameters, {share})"
     )
     if recipe.label_free:
         text = f"{who}, learned from {data['train_images']:,} images without labels; the result is a backbone."

@@ -99,6 +99,8 @@ class RunDir(RunRecords):
             return RunError(
                 what, given="a run that failed before it trained", do="name another --output, or remove that folder"
             )
+        if self.is_done:
+            return RunError(what, given="a finished run", do="name another --output")
         return RunError(what, do=f"name another --output, or resume that run: --resume {shlex.quote(str(self.path))}")
 
     @staticmethod

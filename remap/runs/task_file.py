@@ -138,6 +138,10 @@ def _unfinished(path: Path) -> RunError:
             do=f"copy the task folder again, or write it from the last checkpoint: {run.resume_command()}",
         )
     ended, message = run.outcome()
+    # Of the checkpoints of an earlier part nothing is left, so it cannot be resumed (``pipeline.run``).
+    if os.path.isfile(path / "metrics.jsonl") and not any(run.checkpoint.glob("*.json")):
+        again = "start the run again in another --output, or name another run"
+        return RunError(f"{path} holds no tuned student: its run {ended}", given=message, do=again)
     # A run that was killed leaves no message.
     stored = "" if message is None else f"{path / 'status.json'} has the complete message; "
     return RunError(

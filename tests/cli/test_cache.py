@@ -205,3 +205,16 @@ def test_features_of_texts_are_listed_and_cleared(
     assert "sets of texts: 2" in remap("cache", "ls").stdout
     assert run_json("cache", "clear", "texts", "--yes")["bytes"] == 200
     assert [row["id"] for row in run_json("cache", "ls")] == [name] and len(list(texts.iterdir())) == 2
+
+
+def test_a_damaged_cache_is_named_and_left(remap: Callable[..., Result], root: Path) -> None:
+    """It takes room, and what is in it may be anyone's: only folders whose name and key agree are deleted."""
+    sound, damaged = fill(root, "vit_large", 1), fill(root, "vit_small", 1)
+    (root / damaged / "key.json").write_text("{")
+    for words in (("ls",), ("clear", "--all", "--yes")):
+        result = remap("cache", *words)
+        assert f"damaged, neither listed nor cleared: delete it yourself with rm -r {root / damaged}" in (
+            result.stderr.replace("\n", "")
+        )
+        assert ("vit_small" in result.stdout) is False
+    assert not (root / sound).exists() and (root / damaged).exists()

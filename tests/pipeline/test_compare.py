@@ -1,5 +1,6 @@
 """A comparison that is stopped: how it goes on, and that every run of it learns from the teacher they share."""
 
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 
 from remap.errors import Interrupted, RecipeError, RunError
-from remap.pipeline.compare import compare
+from remap.pipeline.compare import compare, resumable
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.run import resume, start
 from remap.progress import Silent
 from remap.recipe import Recipe
+from remap.runs.environment import command
 from remap.runs.run_dir import RunDir
+from remap_cli.report import write
 
 pytestmark = pytest.mark.slow
 
@@ -56,8 +59,12 @@ def test_a_stopped_comparison_goes_on(
     folder = tmp_path / "stopped"
     with pytest.raises(Interrupted) as caught:
         compare(recipe, ["bitfit"], 2, folder, watch(stop))
+    line = shlex.join(command())  # of a program that calls remap, so the message does not say it
     assert f"remap compare ... --output {folder}" in (caught.value.do or "") and caught.value.exit_code == 143
-    assert "--resume" not in str(caught.value)
+    assert "--resume" not in str(caught.value) and (folder / "command.txt").read_text() == f"{line}\n"
+    with pytest.raises(RunError, match="the comparison in .* has not finished") as unfinished:
+        write(folder)
+    assert line in str(unfinished.value)
     if by_resume:
         resume(folder / name)
         assert not (folder / name / "teacher").exists()
@@ -151,3 +158,13 @@ def test_images_that_were_moved_are_the_same_images(tiny: Any, tmp_path: Path, w
     recipe.write_text(recipe.read_text().replace(str(tmp_path / "data"), str(tmp_path / "moved")))
     assert compared("moved") == 0 and _tasks(folder) == before, "from its last checkpoint"
     assert (folder / begun / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("ours", [["remap", "compare", "--data", "a b"], ["python", "-m", "remap_cli", "compare"]])
+def test_a_command_that_is_stopped_is_said_as_it_was_typed(
+    ours: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("remap.pipeline.compare.command", lambda: ours)
+    with pytest.raises(Interrupted) as caught, resumable(tmp_path):
+        raise Interrupted("stopped", exit_code=143)
+    assert f"it was started with: {shlex.join(ours)}; finished runs" in (caught.value.do or "")

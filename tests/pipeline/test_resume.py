@@ -16,6 +16,7 @@ from remap.pipeline.run import resume, start
 from remap.pipeline.run_differences import changed_on_the_way
 from remap.recipe import dump, load
 from remap.runs.run_dir import RunDir
+from remap.runs.task import load_task
 
 pytestmark = pytest.mark.slow
 
@@ -124,10 +125,11 @@ def test_images_that_were_moved_are_found_at_their_new_place(
     stopped: RunDir, tmp_path: Path, by: str, watch: Watch
 ) -> None:
     """As the message says, or by a link. Other images at a new place are still refused."""
-    moved = (tmp_path / "data").rename(tmp_path / "moved")
+    moved, before = (tmp_path / "data").rename(tmp_path / "moved"), (stopped.status(), stopped.message())
     with pytest.raises(Exception, match="If they have moved, write the new path there") as caught:
         resume(stopped.path)
     assert "allowed:" not in str(caught.value)
+    assert before == (stopped.status(), stopped.message()) and before[0] == "stopped"  # nothing was done
 
     def go_to(place: Path) -> None:
         if by == "recipe":
@@ -162,3 +164,28 @@ def test_the_readme_lists_what_a_run_leaves(tiny: Any, tmp_path: Path) -> None:
     picture = text.partition("## What a run leaves")[2].partition("```text")[2].partition("```")[0]
     left = {path.name for path in start(tiny.recipe(), tmp_path / "run").run_dir.iterdir()}
     assert "summary.json" in left and [name for name in sorted(left) if name not in picture] == []
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_to_be_resumed(stopped: RunDir) -> None:
+    """Neither where its student is wanted, nor where another run is to have its place."""
+    with pytest.raises(RunError, match="resume with: remap distill --resume"):
+        load_task(stopped.path)
+    shutil.rmtree(stopped.checkpoint)
+    with pytest.raises(RunError, match="holds no tuned student") as caught:
+        load_task(stopped.path)
+    assert "--resume" not in str(caught.value) and "start the run again in another --output" in str(caught.value)
+
+
+def test_a_finished_run_is_not_to_be_resumed(tiny: Any, tmp_path: Path) -> None:
+    start(tiny.recipe("train.epochs=1"), tmp_path / "run")
+    with pytest.raises(RunError, match="exists already") as caught:
+        start(tiny.recipe("train.epochs=1"), tmp_path / "run")
+    assert "a finished run" in str(caught.value) and "--resume" not in str(caught.value)
+
+
+def test_a_class_without_an_evaluation_image_is_named(tiny: Any, tmp_path: Path, watch: Watch) -> None:
+    shutil.copytree(tiny.data, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "val" / "green")
+    said = watch(lambda done: None)
+    start(tiny.recipe("train.epochs=1", losses="ce", data=str(tmp_path / "data")), tmp_path / "run", said)
+    assert "note: 1 of 3 classes have no evaluation image, so accuracy says nothing of green" in said.said

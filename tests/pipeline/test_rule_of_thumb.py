@@ -19,6 +19,7 @@ from remap.pipeline.rule_of_thumb import losing_case
         ("hira", 0.927, 0.954, 0.811, 10, None),  # digits: better than its teacher, and by far better by it
         ("hira", 0.927, 0.954, None, 10, "the teacher is not better than its student"),
         ("vpt_deep", 0.943, 0.798, None, 20, None),
+        ("lora", 1.0, 1.0, None, 20, None),  # no teacher is better than that
     ],
 )
 def test_it_speaks_where_the_teacher_loses_and_nowhere_else(
