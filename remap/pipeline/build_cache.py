@@ -62,7 +62,8 @@ def prepared_components(recipe: Recipe, progress: Progress, shared: SharedResour
         run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
         accelerator().wait_for_everyone()
         for teacher in teachers_to_tune(recipe, run_dir, progress, shared):
-            run(teacher.recipe, teacher.run_dir, teacher.heard_by(progress), shared, resuming=True)
+            heard_by, shares = teacher.heard_by(progress), teacher.shares(shared)
+            run(teacher.recipe, teacher.run_dir, heard_by, shares, resuming=True)
         components = build_components(recipe, run_dir, progress, shared)
         check_teachers(components, progress)
         yield components

@@ -107,8 +107,8 @@ def run(
         for teacher in teachers_to_tune(recipe, run_dir, progress, shared):
             require_student(recipe, shared)  # before a teacher is tuned for hours
             later = own + baseline + steps_after
-            heard_by = teacher.heard_by(progress)
-            run(teacher.recipe, teacher.run_dir, heard_by, shared, resuming=True, steps_after=later)
+            heard_by, shares = teacher.heard_by(progress), teacher.shares(shared)
+            run(teacher.recipe, teacher.run_dir, heard_by, shares, resuming=True, steps_after=later)
 
         if recipe.choose_losses:
             recipe = _choose_losses(recipe, run_dir, progress, shared, locks)

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
+from remap.pipeline.shared import SharedResources
 from remap.progress import Progress, Step, Within
 from remap.recipe.schema import Recipe
 from remap.runs.run_dir import RunDir
@@ -44,6 +46,10 @@ class TeacherRun(NamedTuple):
     run_dir: RunDir
     recipe: Recipe
     is_trial: bool = False
+
+    def shares(self, shared: SharedResources) -> SharedResources:
+        """Return what it shares with the run; what a trial would say of the images is left for that to say."""
+        return replace(shared, said=set()) if self.is_trial else shared
 
     def heard_by(self, progress: Progress) -> Progress:
         """Return the progress that it reports to."""

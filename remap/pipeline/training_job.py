@@ -94,9 +94,13 @@ def class_balance(components: RunComponents, progress: Progress) -> dict[str, An
 
 
 def _classes_not_judged(components: RunComponents) -> str | None:
-    """Return that classes to learn have no evaluation image; None where each has one, or nothing is evaluated."""
-    data = components.views.data
-    if not len(data.val) or not len(data.train):
+    """Return that classes to learn have no evaluation image; None where each has one, or nothing is evaluated.
+
+    Not of a part of the training images, and not of a session, which is evaluated on more than its own classes.
+    """
+    data, spec = components.views.data, components.recipe.data
+    chosen = spec.held_out is not None or spec.fold is not None or components.recipe.student.extends is not None
+    if chosen or not len(data.val) or not len(data.train):
         return None
     learned, judged = data.count(data.train), data.count(data.val)
     names = [plain(name) for name, one, other in zip(data.classes, learned, judged, strict=True) if one and not other]
