@@ -32,10 +32,10 @@ def export(
         str | None,
         _choice("dynamic; static: calibrated on training images of the run; qat: trained on them, then static.", _INT8),
     ] = None,
-    int8_epochs: Annotated[int, _choice("Epochs of --int8 qat.", _INT8, "3")] = 3,
+    int8_epochs: Annotated[int | None, _choice("Epochs of --int8 qat.", _INT8, "3")] = None,
     max_drop: Annotated[
-        float, _choice("Points of accuracy that 8 bits may cost, over all and of the worst class.", _INT8, "1")
-    ] = 1.0,
+        float | None, _choice("Points of accuracy that 8 bits may cost, over all and of the worst class.", _INT8, "1")
+    ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images of the run to check on at most.")] = 256,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export of that name.")] = False,
     json: opt.Json = False,

@@ -136,4 +136,6 @@ def _show(found: list[dict[str, Any]]) -> None:
         answer = best or ("none" if row["error"] is None else f"cannot be read: {row['error']}")
         rows.append([row["path"], *([row["task"]] if several else []), answer])
     columns = ["image", *(["task"] if several else []), "class"]
-    console.table(number_of(len({row["path"] for row in found}), "image"), columns, rows, wrap=(0, len(columns) - 1))
+    # Each image has a row for each task; one that is named twice is predicted twice.
+    images = len(found) // max(1, len({row.get("task") for row in found}))
+    console.table(number_of(images, "image"), columns, rows, wrap=(0, len(columns) - 1))

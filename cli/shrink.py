@@ -98,6 +98,7 @@ def shrink(
 
 def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool) -> None:
     from remap.pipeline.shrink_student import take_out_skipped
+    from remap.runs.run_dir import RunDir
 
     if given:
         problems = [f"--{name}: --gates removes blocks of a run, and nothing else" for name in given]
@@ -109,7 +110,11 @@ def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool
         return
     rows = [[index, f"{gate:.3f}", "kept" if index in kept else "removed"] for index, gate in enumerate(openness)]
     console.table(f"{len(kept)} of {len(openness)} blocks of {run} stay", ["block", "gate", ""], rows, right=(0, 1))
-    console.line(f"next: remap tune --student {shlex.quote(f'local-dir:{output}')}")
+    words = ["remap", "tune", "--student", f"local-dir:{output}"]
+    seen = RunDir.open(expanded(run)).recipe().data
+    for flag, source in {"--data": seen.source, "--val-data": seen.val_source}.items():
+        words += [flag, source] if source is not None else []
+    console.line(f"next: {shlex.join(words)}")
 
 
 def _multiply_adds(number: float) -> str:

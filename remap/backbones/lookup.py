@@ -11,6 +11,7 @@ from remap.backbones.model_source import CONFIGS, describe
 from remap.backbones.names import SHORT_NAMES, resolve_name
 from remap.errors import UnknownName, WeightsError
 from remap.io.checked_json import read_json
+from remap.io.names import plain
 from remap.io.paths import expanded
 from remap.registry import did_you_mean
 
@@ -34,6 +35,9 @@ def require_known(word: str, name: str) -> None:
             )
         folder = Path(name.removeprefix("local-dir:"))
         if name.startswith("local-dir:") and not any((folder / config).is_file() for config in CONFIGS):
+            if not folder.exists():
+                do = "check the path; a run needs the folder that its student was tuned on where it was"
+                raise WeightsError(f"there is no folder {plain(str(folder))}", given=plain(word), do=do)
             raise WeightsError(
                 f"{folder} is not a model folder of timm, transformers or open_clip",
                 given="config.json is missing",

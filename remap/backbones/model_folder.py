@@ -99,6 +99,7 @@ def _write(model: nn.Module, folder: Path, shape: dict[str, object], classes: li
         shape = {"patch_size": list(anatomy_of(model).patch_size), **shape}
     try:
         save_for_hf(model, str(folder), model_config=config, model_args=shape, safe_serialization=True)
+        atomic_write.readable_as(folder / "config.json", folder / "model.safetensors")
     except ValueError as error:  # an argument the model was built with that JSON has no word for
         raise BackboneError(f"timm cannot describe this model in a folder: {error}") from error
 
@@ -118,7 +119,7 @@ def registering_module(model: nn.Module) -> str:
 def _require_equal(model: nn.Module, folder: Path) -> None:
     try:
         again = open_model_folder(folder)
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except (RuntimeError, ValueError, AssertionError, AttributeError, TypeError) as error:
         raise _not_expressible(" ".join(str(error).split())[:300]) from error
     # On one device: another one may round convolutions by more than is allowed here.
     device = next(model.parameters()).device

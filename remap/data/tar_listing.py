@@ -76,8 +76,7 @@ def list_tar(path: Path, also: tuple[str, ...] = (), held_so_far: Held | None = 
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error).rstrip(":")
         raise DataError(
             f"cannot read {path} as a tar archive: {reason}",
-            allowed="a folder of class folders, or a tar or zip of one",
-            do=None if isinstance(error, OSError) else "if it is another kind of file, name the folder of the images",
+            do="download or copy it again; if it is another kind of file, name the folder of the images",
         ) from error
     return replace(listing_of_spans(path, files, folders), left_out=left_out)
 

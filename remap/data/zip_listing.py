@@ -48,7 +48,7 @@ def list_zip(path: Path) -> Listing:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise DataError(
             f"cannot read {path} as a zip archive: {reason}",
-            allowed="a folder of class folders, or a tar or zip of one",
+            do="download or copy it again; if it is another kind of file, name the folder of the images",
         ) from error
     if any(member.flag_bits & _ENCRYPTED_FLAG for member in files.values()):
         raise DataError(f"{path} is encrypted", do="unpack it and name the folder")

@@ -78,6 +78,7 @@ def export_student(
     source = TaskSource(run)
     if chosen.int8 is not None:
         source.tuned.require_one_class("--int8, which is judged by the accuracy of each class,")
+        source.require_images()
     if row.folded:
         source.require_mergeable()
     output = source.path / "export" / to if output is None else expanded(output)

@@ -31,8 +31,8 @@ class ExportOptions:
         softmax: Answer with probabilities instead of logits; of task multilabel by a sigmoid.
         int8: Quantise to 8 bits: dynamic (weights, and activations as they come), static (calibrated) or qat (static,
             after quantisation-aware distillation).
-        int8_epochs: Passes of qat over the training images.
-        max_drop: Accuracy that int8 may cost, in percentage points: over all images, and of the worst class.
+        int8_epochs: Passes of qat over the training images; None is 3.
+        max_drop: Accuracy that int8 may cost, in percentage points: over all images, and of the worst class; None is 1.
         images: Images to check on at most.
     """
 
@@ -40,8 +40,8 @@ class ExportOptions:
     layout: Layout = "nchw"
     softmax: bool = False
     int8: Int8 | None = None
-    int8_epochs: int = 3
-    max_drop: float = 1.0
+    int8_epochs: int | None = None
+    max_drop: float | None = None
     images: int = 256
 
     @classmethod
@@ -75,16 +75,16 @@ class ExportOptions:
             takes = [other.name for other in FORMATS if field.name in other.options]
             given = flag if field.type is bool else f"{flag} {getattr(self, field.name)}"
             raise RunError(f"the format {row.name} does not take {flag}", given=given, allowed=", ".join(takes))
-        if not 0 <= self.max_drop <= 100:  # False for NaN too
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:  # False for NaN too
             raise RunError("--max-drop is a number of percentage points", given=self.max_drop, allowed="0 to 100")
         for name, what in (("int8_epochs", "epochs"), ("images", "images")):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if value is not None and (not isinstance(value, int) or value < 1):
                 flag = f"--{name.replace('_', '-')}"
                 raise RunError(f"{flag} is a number of {what}", given=value, allowed="1 and more")
-        if self.int8 != "qat" and self.int8_epochs != type(self)().int8_epochs:
+        if self.int8 != "qat" and self.int8_epochs is not None:
             raise RunError("--int8-epochs is for --int8 qat", given=f"--int8 {self.int8 or '(not given)'}")
-        if self.int8 is None and self.max_drop != type(self)().max_drop:
+        if self.int8 is None and self.max_drop is not None:
             raise RunError("--max-drop bounds what int8 costs, and this export is not int8", do="add --int8 static")
 
 

@@ -24,6 +24,8 @@ from remap.progress import Progress
 
 # Training images that ranges of activations are taken from.
 CALIBRATION_IMAGES = 256
+# What is meant where the options are left out: passes of qat, and points of accuracy that 8 bits may cost.
+QAT_EPOCHS, MAX_DROP = 3, 1.0
 # Layers with weights: they are what is large and slow. Norms, softmax and sums stay in float32, where accuracy is lost.
 QUANTISED = ["Conv", "Gemm", "MatMul"]
 
@@ -31,7 +33,7 @@ QUANTISED = ["Conv", "Gemm", "MatMul"]
 def quantise(source: TaskSource, file: Path, options: ExportOptions, progress: Progress) -> None:
     """Replace a float ONNX file by its int8 version: weights per output channel, activations per tensor."""
     if options.int8 == "qat":
-        student = int8_student(source, options.int8_epochs, progress)
+        student = int8_student(source, options.int8_epochs or QAT_EPOCHS, progress)
         write_graph(source, file, options, student)
     with progress.wait("quantising to 8 bits"):
         _quantise_file(source, file, options)
@@ -154,7 +156,7 @@ def require_gate(source: TaskSource, exported: Answer, images: SourceImages, opt
     Raises:
         RunError: There are no labelled images, or too much accuracy is lost.
     """
-    labels_N, max_drop = require_labels(images), options.max_drop
+    labels_N, max_drop = require_labels(images), MAX_DROP if options.max_drop is None else options.max_drop
     answers = student_answer(source, options), exported
     before_N, after_N = (in_batches(one, images.views_NCHW).argmax(1).numpy() for one in answers)
     accuracy = (float((before_N == labels_N).mean()), float((after_N == labels_N).mean()))

@@ -17,6 +17,7 @@ from remap.exporting import FORMATS, snippets
 from remap.exporting.format import Answer, ExportOptions, Format
 from remap.exporting.task_source import TaskSource
 from remap.exporting.timm_folder import answer_of
+from remap.io.atomic_write import readable_as
 from remap.network import Network
 from remap.runs.task import open_backbone
 from remap.tuning import METHODS
@@ -49,6 +50,7 @@ class PeftFolder(Format):
                 saved = layers.get_submodule(path).modules_to_save["default"]
                 saved.load_state_dict(network.model.get_submodule(path).state_dict())
         model.save_pretrained(str(folder), save_embedding_layers=False)
+        readable_as(folder / "adapter_config.json", folder / "adapter_model.safetensors")
         return {}
 
     def open(self, source: TaskSource, folder: Path, options: ExportOptions) -> Answer:

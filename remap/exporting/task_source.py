@@ -117,12 +117,10 @@ class TaskSource:
         """Return training images as views, evenly chosen.
 
         Raises:
-            DataError: They are not at hand.
+            RunError: They are not at hand.
         """
-        if isinstance(self._data, str):
-            raise DataError(
-                f"int8 needs the images of the run, and {self._data}", do="bring them back, or export without --int8"
-            )
+        self.require_images()
+        assert not isinstance(self._data, str)
         return self._read(self._data.to_look_at, most)[0]
 
     @cached_property
@@ -138,6 +136,16 @@ class TaskSource:
         if data.classes != self.meta.classes:
             return "the images of the run have other classes now"
         return data
+
+    def require_images(self) -> None:
+        """Refuse what is measured on images of the run, before hours of work.
+
+        Raises:
+            RunError: They are not at hand.
+        """
+        if isinstance(self._data, str):
+            do = "bring them back" if self.run is not None else "name the run directory, which does"
+            raise RunError(f"int8 needs the images of the run, and {self._data}", do=f"{do}, or export without --int8")
 
     def _read(self, split: Split, most: int) -> tuple[Tensor, NDArray[np.int64]]:
         chosen = np.unique(np.linspace(0, len(split) - 1, min(most, len(split))).round().astype(np.int64))

@@ -123,6 +123,11 @@ def make_folder(path: Path) -> None:
         raise kind(f"cannot make {path}: {error.strerror}", do=do) from error
 
 
+def readable_as(model: Path, path: Path) -> None:
+    """Give a file the rights of another one: the safetensors library lets its user alone read what it writes."""
+    shutil.copymode(model, path)
+
+
 def is_empty(folder: Path) -> bool:
     """Return whether a folder is there and holds nothing but what killed writers left."""
     try:

@@ -3,6 +3,7 @@
 Letters: N images of the domain, C classes, D width of the pooled features.
 """
 
+import hashlib
 import os
 import tempfile
 import time
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from remap.data.image_files import Skipped, left_out
 from remap.data.sources import open_unlabeled, read_all
+from remap.data.splits import Split
 from remap.data.views import View, ViewSource, listed
 from remap.distributed.launch import accelerator, require_one_process, use_bf16
 from remap.engine.evaluation import Evaluation
@@ -21,6 +23,7 @@ from remap.io.human_size import number_of
 from remap.io.paths import absolute, expanded
 from remap.network import Network, choose_kernels
 from remap.pipeline.run_path import run_path
+from remap.pipeline.shared import SharedResources
 from remap.pipeline.source_free import by_information, by_statistics
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe
@@ -105,6 +108,8 @@ def adapt(
     settings = recipe.model_copy(update={"seed": seed, "train": spec, "data": data, "teachers": ()})
 
     source, skipped = _opened(target, view, settings, progress)
+    if known is not None and expanded(known).resolve() in expanded(target).resolve().parents:
+        _require_other_images(source, recipe, target)
     judged = None
     if val_data is not None:
         labeled, _ = read_all(val_data, network.classes or (), recipe.data.depth)
@@ -154,6 +159,20 @@ def adapt(
         summary = {"run_dir": str(path), **summary}
         _write(path, recipe, network, view, read_meta(folder_of(old.path)).method.options, summary, history, began)
     return summary
+
+
+def _require_other_images(source: ViewSource, recipe: Recipe, target: str) -> None:
+    """Refuse a folder inside that of the run whose images are all learned from, as its ``train`` is.
+
+    Raises:
+        DataError: They are.
+    """
+
+    def digests(split: Split) -> set[bytes]:
+        return {hashlib.sha256(split.read(index)).digest() for index in range(len(split))}
+
+    if digests(source.split) <= digests(SharedResources().index(recipe.data).train):
+        raise DataError("the run learned from these images", given=target, do="name images of another domain")
 
 
 def _opened(target: str, view: View, recipe: Recipe, progress: Progress) -> tuple[ViewSource, Skipped]:

@@ -13,6 +13,7 @@ from remap.recipe import strict_yaml
 from remap.recipe.schema import EMA, OF_OTHERS, SELF, Recipe, as_list, default_losses, loss_words
 from remap.registry import did_you_mean
 from remap.remapping import LOSSES
+from remap.remapping.architecture.shrink_options import is_shrink_word
 
 # Options of the command line and the key each one sets; "weights" sets those of both models.
 WORDS = {
@@ -78,7 +79,9 @@ def of_words(words: Mapping[str, Any], values: dict[str, Any], problems: list[st
     if teachers:
         overrides += _of_teachers(teachers, values, weights)
     if weights is not None:
-        overrides.append(("student.weights", weights))
+        student = words.get("student") or _student_in(values)
+        if not is_shrink_word(student):  # it has its teacher's
+            overrides.append(("student.weights", weights))
         if (teacher or _teachers_in(values)) and not (teachers and _is_student(teachers[0])):
             overrides.append(("teacher.weights", weights))
     return _sections_first(overrides)
@@ -124,6 +127,12 @@ def _of_teachers(teachers: list[dict[str, Any]], values: dict[str, Any], weights
     if _is_student(first):  # what a recipe says about preparing its own teacher is not meant for the student
         overrides += [("teacher.prepare", "probe"), *((f"teacher.{name}", None) for name in OF_OTHERS)]
     return overrides
+
+
+def _student_in(values: Mapping[str, Any]) -> Any:
+    """Return the student that a recipe names, in one of its spellings."""
+    student = values.get("student")
+    return student.get("model") if isinstance(student, Mapping) else student
 
 
 def _teachers_in(values: Mapping[str, Any]) -> list[Any]:

@@ -78,6 +78,13 @@ class MultiTask:
         folder = folder_of(expanded(path))
         meta = read_meta(folder)
         require_shared(folder, meta)
+        identity = self._backbone.identity
+        if meta.backbone.sha256 != identity.sha256 and meta.backbone.model != identity.model:
+            raise RunError(
+                f"{folder} was tuned on another backbone than the tasks before it",
+                given=f"{meta.backbone.model}, and {identity.model}",
+                do="predict by the tasks of each backbone apart",
+            )
         tensors = read_tensors(folder, meta)
         require_sizes(folder, meta, tensors)
         copied = _sharing_copy(self._backbone, frozenset(tensors))

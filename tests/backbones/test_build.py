@@ -105,7 +105,7 @@ def test_a_hub_cache_made_by_hand_and_a_hub_out_of_reach(weights: tuple[Path, nn
         (NAME, "model.npz", WeightsError, "unknown source of weights"),
         (NAME, "model.pt", WeightsError, "cannot read model.pt"),
         (NAME, "absent.safetensors", WeightsError, "cannot read absent.safetensors"),
-        ("local-dir:/nowhere", "pretrained", WeightsError, "config.json is missing"),
+        ("local-dir:/nowhere", "pretrained", WeightsError, "there is no folder /nowhere"),
     ],
 )
 def test_what_cannot_be_built_says_why(word: str, weights: str, error: type[Exception], part: str) -> None:

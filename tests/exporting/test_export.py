@@ -273,6 +273,8 @@ def test_task_is_copied_as_it_was_sealed(finished: Finished, tmp_path: Path, mon
         ("lora", "torch", {"input": "int4"}, "there is no such input"),
         ("lora", "onnx", {"max_drop": 3.0}, "add --int8 static"),
         ("lora", "onnx", {"int8_epochs": 5, "int8": "static"}, "--int8-epochs is for --int8 qat"),
+        ("lora", "onnx", {"int8_epochs": 3}, "--int8-epochs is for --int8 qat"),  # also as many as without it
+        ("lora", "onnx", {"max_drop": 1.0}, "add --int8 static"),
         ("lora", "onnx", {"max_drop": float("nan"), "int8": "static"}, "allowed: 0 to 100"),
     ],
 )
@@ -282,6 +284,22 @@ def test_what_cannot_be_is_one_error(
     with pytest.raises(RemapError) as caught:
         export_student(finished(method), to, tmp_path / "out", **options)
     assert says in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_int8_of_a_task_folder_is_refused_before_anything_is_written(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("remap.exporting.onnx_file.OnnxFile.write", lambda *_: pytest.fail("written"))
+    with pytest.raises(RunError, match="does not say where its images are\n.*name the run directory"):
+        export_student(finished("lora") / "task", "onnx", tmp_path / "out", int8="static")
+
+
+@pytest.mark.parametrize("to", ["timm", "peft"])
+def test_weights_can_be_read_by_whom_the_folder_can(finished: Finished, tmp_path: Path, to: str) -> None:
+    """As the umask says, where the safetensors library writes for its user alone."""
+    export_student(finished("lora"), to, tmp_path / "out")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert len(set(modes.values())) == 1, modes
 
 
 def test_an_export_that_answers_otherwise_is_removed(

@@ -162,6 +162,7 @@ def test_statistics_are_means_over_images(camera: Path, model_folder: Callable[.
     [
         ({"target": "empty"}, "no images to learn from without labels"),
         ({"target": "source"}, "the run learned from these images"),
+        ({"target": "train"}, "the run learned from these images"),
         ({"by": "magic"}, "not a way to adapt"),
         ({"by": "statistics"}, "no batch norm of its own"),
         ({"by": "statistics", "epochs": 3}, "takes no steps"),
@@ -175,7 +176,7 @@ def test_what_cannot_be_adapted_is_one_error(
     changed: dict[str, Any], says: str, source_run: Path, tiny: Any, camera: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    places = {"empty": str(tmp_path / "empty"), "source": tiny.data}
+    places = {"empty": str(tmp_path / "empty"), "source": tiny.data, "train": f"{tiny.data}/train"}
     given = {"target": str(camera), **{key: places.get(value, value) for key, value in changed.items()}}
     with pytest.raises(RemapError, match=says):
         adapt(source_run, output=tmp_path / "new", **given)

@@ -104,7 +104,7 @@ def test_predicting_uses_the_task_that_is_named(make_task: MakeTask) -> None:
 
 def test_a_task_of_another_backbone_is_refused(make_task: MakeTask, tiny: object) -> None:
     multi = MultiTask(None, {"one": make_task("one", "linear")}, "cpu")
-    with pytest.raises(RunError, match="was tuned on other weights"):
+    with pytest.raises(RunError, match="was tuned on another backbone than the tasks before it"):
         multi.add("two", make_task("two", "linear", model=tiny.teacher))  # type: ignore[attr-defined]
     with pytest.raises(RunError, match="there is a task one already"):
         multi.add("one", make_task("one", "lora"))

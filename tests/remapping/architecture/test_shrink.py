@@ -272,6 +272,16 @@ def test_nothing_is_left_of_a_cut_that_timm_cannot_build(
         shrink(as_teacher(make("plain")), ShrinkSpec(depth=2), batches, tmp_path / "out")
 
 
+def test_a_stem_that_plain_arguments_do_not_describe_is_refused(
+    as_teacher: Wrap, batches: Batches, tmp_path: Path
+) -> None:
+    """Of the embedded teacher with convolutions, as timm raises AttributeError where it reads its weights."""
+    teacher = build("mini_conv", "pretrained", 10)
+    with pytest.raises(BackboneError, match="timm builds another function"):
+        shrink(teacher, ShrinkSpec(depth=2), batches, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 MISTAKES = [
     ("plain", {"depth": 5}, "cannot have more than its teacher tiny: depth"),
     ("plain", {"width": 64}, "width, heads"),
