@@ -18,6 +18,7 @@ from remap.errors import (
     TrainingError,
     refused_thread,
 )
+from remap.io.checked_json import read_run_json
 from remap.runs.hardware import machine
 from remap.runs.run_dir import RunDir
 
@@ -58,7 +59,7 @@ def track_status(run_dir: RunDir, resuming: bool) -> Iterator[RunClock]:
     main = accelerator().is_main_process
     # Time of earlier parts counts: the summary reports the whole run.
     clock = RunClock(run_dir.seconds() if resuming else 0.0)
-    before = (run_dir.status(), run_dir.message()) if resuming else None
+    before = _recorded(run_dir) if resuming else None
     if main and resuming:
         run_dir.set_status("running", seconds=clock.earlier)
     elif main:
@@ -89,6 +90,15 @@ def track_status(run_dir: RunDir, resuming: bool) -> Iterator[RunClock]:
         raise explained from error
     if main:
         run_dir.set_status("done", seconds=clock.reported or 0.0)
+
+
+def _recorded(run_dir: RunDir) -> tuple[str, str] | None:
+    """Return status and message of a run; None where there is no record yet, or a damaged one."""
+    try:
+        found = read_run_json(run_dir.path / "status.json")
+    except RemapError:
+        return None
+    return (str(found.get("status", "")), str(found.get("message", ""))) if isinstance(found, dict) else None
 
 
 def _record(run_dir: RunDir, status: str, message: str, clock: RunClock) -> None:

@@ -5,15 +5,20 @@ the time by that; passes side by side do not wait (benchmarks/predicting.py lane
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import TypeVar
 
 import torch
 
+from remap.data.thread_pool import map_ahead, threads
 from remap.pipeline.student_api import Student
 
 # Images of a forward pass at least: with fewer, what an operation costs by itself counts.
 LEAST_IMAGES = 16
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def most_lanes(students: Mapping[str, Student], batch_size: int) -> int:
@@ -38,6 +43,29 @@ def lanes(students: Mapping[str, Student], count: int) -> Iterator[list[Mapping[
         yield [students, *(_copy(students) for _ in range(count - 1))]
     finally:
         torch.set_num_threads(before)
+
+
+def side_by_side(
+    functions: Sequence[Callable[[Item], Iterable[Result]]], items: Iterable[Item]
+) -> Iterator[list[Result]]:
+    """Yield what one of the functions makes of each item, in order; each is called by one thread at a time."""
+    if len(functions) == 1:  # in this thread
+        yield from (list(functions[0](item)) for item in items)
+        return
+    free = SimpleQueue[Callable[[Item], Iterable[Result]]]()
+    for function in functions:
+        free.put(function)
+
+    def by_one(item: Item) -> list[Result]:
+        function = free.get_nowait()  # there are as many as threads
+        try:
+            return list(function(item))
+        finally:
+            free.put(function)
+
+    with threads(len(functions)) as pool:
+        # One item more than can be computed waits, so that no function does while results are written.
+        yield from (result for _, result in map_ahead(pool, by_one, items, len(functions) + 1))
 
 
 def _copy(students: Mapping[str, Student]) -> dict[str, Student]:

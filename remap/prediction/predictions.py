@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from numbers import Integral
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from remap.errors import RecipeError, RunError
 from remap.network import Runner
 from remap.pipeline.student_api import Student, require_share
 from remap.prediction.inputs import Item
-from remap.prediction.lanes import lanes, most_lanes
+from remap.prediction.lanes import lanes, most_lanes, side_by_side
 from remap.prediction.tent import Tent, adapting
 from remap.remapping.signals import Needs, Signals
 from remap.tuning.seam import FeatureSeam
@@ -144,28 +143,9 @@ def predictions(students: Mapping[str, Student], items: Iterable[Item], wanted: 
         first = list(islice(batches, most))
         with lanes(students, len(first)) as copies:
             answers = [_Answers(copy, views, wanted) for copy in copies]
-            if len(answers) == 1:
-                with answers[0].adapting():
-                    for batch in chain(first, batches):
-                        yield from answers[0].rows(batch)
-                return
-            free = SimpleQueue[_Answers]()
-            for answer in answers:
-                free.put(answer)
-            with threads(len(answers)) as computing:
-                # One batch more than can be computed waits, so that none of them does while rows are written.
-                waiting = len(answers) + 1
-                for _, rows in map_ahead(computing, partial(_rows, free), chain(first, batches), waiting):
+            with answers[0].adapting():
+                for rows in side_by_side([answer.rows for answer in answers], chain(first, batches)):
                     yield from rows
-
-
-def _rows(free: "SimpleQueue[_Answers]", batch: Batch) -> list[list[Prediction]]:
-    """Return the rows of a batch by one of the networks that are free: as many as there are threads that call this."""
-    answer = free.get_nowait()
-    try:
-        return list(answer.rows(batch))
-    finally:
-        free.put(answer)
 
 
 def _read(views: list[View], item: Item) -> list[NDArray[np.uint8]] | str:

@@ -172,10 +172,6 @@ class RunRecords:
     def status(self) -> str:
         return str(self._status().get("status", ""))
 
-    def message(self) -> str:
-        """Return what status.json says of how the run ended; empty while it runs."""
-        return str(self._status().get("message", ""))
-
     def outcome(self) -> tuple[str, str | None]:
         """Return how a run ended that is not done, as in "it was stopped", and the first line of its message."""
         if not os.path.isfile(self.path / "status.json"):  # killed at once, or a recipe that `remap init` wrote

@@ -1,5 +1,6 @@
 """A run that goes on: with which images, where it says to be, and what is recorded of the machine it goes on with."""
 
+import json
 import shutil
 import signal
 from collections.abc import Callable
@@ -120,16 +121,21 @@ def test_a_damaged_record_of_accuracies_is_refused(stopped: RunDir, tmp_path: Pa
     assert record.read_text() == text
 
 
+def _recorded(run: RunDir) -> tuple[str, str]:
+    found = json.loads((run.path / "status.json").read_text())
+    return found["status"], found["message"]
+
+
 @pytest.mark.parametrize("by", ["recipe", "link"])
 def test_images_that_were_moved_are_found_at_their_new_place(
     stopped: RunDir, tmp_path: Path, by: str, watch: Watch
 ) -> None:
     """As the message says, or by a link. Other images at a new place are still refused."""
-    moved, before = (tmp_path / "data").rename(tmp_path / "moved"), (stopped.status(), stopped.message())
+    moved, before = (tmp_path / "data").rename(tmp_path / "moved"), _recorded(stopped)
     with pytest.raises(Exception, match="If they have moved, write the new path there") as caught:
         resume(stopped.path)
     assert "allowed:" not in str(caught.value)
-    assert before == (stopped.status(), stopped.message()) and before[0] == "stopped"  # nothing was done
+    assert before == _recorded(stopped) and before[0] == "stopped"  # nothing was done
 
     def go_to(place: Path) -> None:
         if by == "recipe":

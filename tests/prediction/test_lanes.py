@@ -53,13 +53,13 @@ def test_rows_are_those_of_one_after_the_other(
     """Several tasks share one backbone, also in the copies."""
     students = open_students({name: make_task(name, name, tuple("abcd")) for name in methods}, "cpu")
     wanted, computing = Wanted(batch_size=2 * LEAST_IMAGES, probabilities=True, embeddings=True), set[str]()
-    rows = module._rows
+    rows = module._Answers.rows
 
-    def noted(free: Any, batch: Any) -> list[list[Prediction]]:
+    def noted(self: Any, batch: Any) -> list[list[Prediction]]:
         computing.add(threading.current_thread().name)
-        return rows(free, batch)
+        return list(rows(self, batch))
 
-    monkeypatch.setattr(module, "_rows", noted)
+    monkeypatch.setattr(module._Answers, "rows", noted)
     found = list(predictions(students, Inputs([many]), wanted))
     assert len(computing) == 2 and torch.get_num_threads() == 2
     monkeypatch.setattr(module, "most_lanes", lambda *_: 1)
