@@ -77,9 +77,9 @@ class ExportOptions:
             raise RunError(f"the format {row.name} does not take {flag}", given=given, allowed=", ".join(takes))
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:  # False for NaN too
             raise RunError("--max-drop is a number of percentage points", given=self.max_drop, allowed="0 to 100")
-        for name, what in (("int8_epochs", "epochs"), ("images", "images")):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+        epochs = 1 if self.int8_epochs is None else self.int8_epochs
+        for name, what, value in (("int8_epochs", "epochs", epochs), ("images", "images", self.images)):
+            if not isinstance(value, int) or value < 1:
                 flag = f"--{name.replace('_', '-')}"
                 raise RunError(f"{flag} is a number of {what}", given=value, allowed="1 and more")
         if self.int8 != "qat" and self.int8_epochs is not None:

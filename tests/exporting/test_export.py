@@ -275,6 +275,7 @@ def test_task_is_copied_as_it_was_sealed(finished: Finished, tmp_path: Path, mon
         ("lora", "onnx", {"int8_epochs": 5, "int8": "static"}, "--int8-epochs is for --int8 qat"),
         ("lora", "onnx", {"int8_epochs": 3}, "--int8-epochs is for --int8 qat"),  # also as many as without it
         ("lora", "onnx", {"max_drop": 1.0}, "add --int8 static"),
+        ("lora", "onnx", {"images": None}, "--images is a number of images"),
         ("lora", "onnx", {"max_drop": float("nan"), "int8": "static"}, "allowed: 0 to 100"),
     ],
 )
