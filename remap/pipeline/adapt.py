@@ -3,16 +3,15 @@
 Letters: N images of the domain, C classes, D width of the pooled features.
 """
 
-import hashlib
 import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from remap.data.fingerprint import Contents
 from remap.data.image_files import Skipped, left_out
 from remap.data.sources import open_unlabeled, read_all
-from remap.data.splits import Split
 from remap.data.views import View, ViewSource, listed
 from remap.distributed.launch import accelerator, require_one_process, use_bf16
 from remap.engine.evaluation import Evaluation
@@ -109,7 +108,7 @@ def adapt(
 
     source, skipped = _opened(target, view, settings, progress)
     if known is not None and expanded(known).resolve() in expanded(target).resolve().parents:
-        _require_other_images(source, recipe, target)
+        _require_other_images(source, recipe, target, progress)
     judged = None
     if val_data is not None:
         labeled, _ = read_all(val_data, network.classes or (), recipe.data.depth)
@@ -161,17 +160,16 @@ def adapt(
     return summary
 
 
-def _require_other_images(source: ViewSource, recipe: Recipe, target: str) -> None:
+def _require_other_images(source: ViewSource, recipe: Recipe, target: str, progress: Progress) -> None:
     """Refuse a folder inside that of the run whose images are all learned from, as its ``train`` is.
 
     Raises:
         DataError: They are.
     """
-
-    def digests(split: Split) -> set[bytes]:
-        return {hashlib.sha256(split.read(index)).digest() for index in range(len(split))}
-
-    if digests(source.split) <= digests(SharedResources().index(recipe.data).train):
+    learned = Contents(SharedResources().index(recipe.data).train, recipe.data.workers)
+    both = {"images of the other domain": source.contents, "training images": learned}
+    here, there = (set(map(bytes, one.complete(progress, what))) for what, one in both.items())
+    if here <= there:
         raise DataError("the run learned from these images", given=target, do="name images of another domain")
 
 

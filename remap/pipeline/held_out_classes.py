@@ -2,9 +2,6 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
-from remap.data.splits import ImageData, Split
 from remap.errors import DataError
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_tuning import data_of_teacher
@@ -23,9 +20,7 @@ def require_each_class(recipe: Recipe, shared: SharedResources) -> None:
         held = [data.selection] if data.selection is not None else []
         if spec.held_out is not None or (spec.fold is not None and spec.fold.evaluates):
             held.append(data.val)
-        lost = np.any([_has(data, split) for split in held], axis=0) & ~_has(data, data.train) if held else np.zeros(0)
-        if lost.any():
-            names = [data.classes[label] for label in np.flatnonzero(lost)]
+        if names := data.only_in(held, data.train):
             raise DataError(
                 "all labelled images of a class would be held out, and none learned from",
                 given=f"{', '.join(names[:10])}; {len(data.train)} labelled images besides those held out",
@@ -42,8 +37,3 @@ def _parts(recipe: Recipe) -> Iterator[DataSpec]:
         for spec in recipe.teachers:
             if spec.calibrate:
                 yield from (data_of_teacher(recipe, spec, fold) for fold in range((spec.folds or 0) + 1))
-
-
-def _has(data: ImageData, split: Split) -> np.ndarray:
-    """Return whether there is an image of each class (C,)."""
-    return np.array(data.count(split)) > 0

@@ -5,8 +5,6 @@ import statistics
 from collections.abc import Generator, Mapping
 from pathlib import Path
 
-import numpy as np
-
 from remap.data.augmentation import Augmentation
 from remap.data.splits import ImageData
 from remap.distributed.launch import accelerator
@@ -67,7 +65,7 @@ def judged_parts(tuning: Recipe, data: ImageData) -> int:
     if not 0 < round((1.0 - HELD_OUT) * images) < images:
         return 0
     left = data.with_held_out(HELD_OUT)
-    if np.any((np.array(left.count(left.train)) == 0) & (np.array(left.count(left.val)) > 0)):
+    if left.only_in([left.val], left.train):
         return 0
     return FOLDS if FOLDS <= images < FEW else 1
 

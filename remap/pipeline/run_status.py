@@ -93,7 +93,7 @@ def track_status(run_dir: RunDir, resuming: bool) -> Iterator[RunClock]:
 
 
 def _recorded(run_dir: RunDir) -> tuple[str, str] | None:
-    """Return status and message of a run; None where there is no record yet, or a damaged one."""
+    """Return status and message of a run; None where its status.json is missing or damaged."""
     try:
         found = read_run_json(run_dir.path / "status.json")
     except RemapError:

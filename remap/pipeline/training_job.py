@@ -102,8 +102,7 @@ def _classes_not_judged(components: RunComponents) -> str | None:
     chosen = spec.held_out is not None or spec.fold is not None or components.recipe.student.extends is not None
     if chosen or not len(data.val) or not len(data.train):
         return None
-    learned, judged = data.count(data.train), data.count(data.val)
-    names = [plain(name) for name, one, other in zip(data.classes, learned, judged, strict=True) if one and not other]
+    names = list(map(plain, data.only_in([data.train], data.val)))
     if not names:
         return None
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
