@@ -1,9 +1,12 @@
-"""How classes of different sizes are brought nearer to each other: in the loss, or by how often images are drawn."""
+"""Images of each class: which have none, and how sizes are brought nearer, in the loss or by how often one is drawn."""
+
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remap.data import keyed_random
+from remap.data.splits import ImageData, Split
 
 
 def class_weights(labels_N: NDArray[np.int64], classes: int, power: float) -> NDArray[np.float64]:
@@ -44,3 +47,9 @@ def draw(seed: int, epoch: int, expected_N: NDArray[np.float64]) -> NDArray[np.i
     at_N = np.searchsorted(ends_N, (start + np.arange(images)) * (ends_N[-1] / images), side="right")
     drawn_N = line_N[np.minimum(at_N, images - 1)]
     return drawn_N[np.argsort(keyed_random.keys(seed, epoch, np.arange(images), keyed_random.DRAW), kind="stable")]
+
+
+def classes_only_in(splits: Iterable[Split], other: Split, data: ImageData) -> list[str]:
+    """Return the classes of the data that have an image in one of the splits and none in another one."""
+    first, second = [data.count(split) for split in splits], data.count(other)
+    return [name for at, name in enumerate(data.classes) if any(one[at] for one in first) and not second[at]]

@@ -100,11 +100,6 @@ class ImageData:
             return list((split.labels == 1).sum(axis=0).tolist())
         return list(np.bincount(split.labels[split.labels >= 0], minlength=len(self.classes)).tolist())
 
-    def only_in(self, splits: Iterable[Split], other: Split) -> list[str]:
-        """Return the classes that have an image in one of the splits and none in another one."""
-        first, second = [self.count(split) for split in splits], self.count(other)
-        return [name for at, name in enumerate(self.classes) if any(one[at] for one in first) and not second[at]]
-
     def fingerprint(self) -> str:
         """Return a hash of class names, file names, labels and order; ``remap.data.fingerprint`` adds the contents."""
         digest = hashlib.sha256(_bytes_of(self.classes))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from remap.data.balance import classes_only_in
 from remap.errors import DataError
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_tuning import data_of_teacher
@@ -20,7 +21,7 @@ def require_each_class(recipe: Recipe, shared: SharedResources) -> None:
         held = [data.selection] if data.selection is not None else []
         if spec.held_out is not None or (spec.fold is not None and spec.fold.evaluates):
             held.append(data.val)
-        if names := data.only_in(held, data.train):
+        if names := classes_only_in(held, data.train, data):
             raise DataError(
                 "all labelled images of a class would be held out, and none learned from",
                 given=f"{', '.join(names[:10])}; {len(data.train)} labelled images besides those held out",

@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 
 from remap.data.augmentation import Augmentation
+from remap.data.balance import classes_only_in
 from remap.data.splits import ImageData
 from remap.distributed.launch import accelerator
 from remap.io.human_size import duration, number_of
@@ -65,7 +66,7 @@ def judged_parts(tuning: Recipe, data: ImageData) -> int:
     if not 0 < round((1.0 - HELD_OUT) * images) < images:
         return 0
     left = data.with_held_out(HELD_OUT)
-    if left.only_in([left.val], left.train):
+    if classes_only_in([left.val], left.train, left):
         return 0
     return FOLDS if FOLDS <= images < FEW else 1
 

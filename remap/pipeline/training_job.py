@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from remap.cache.frozen_features import FrozenFeatures
-from remap.data.balance import answer_weights, class_weights
+from remap.data.balance import answer_weights, class_weights, classes_only_in
 from remap.data.copies import copies_across
 from remap.distributed.launch import accelerator
 from remap.engine.job import Job
@@ -102,7 +102,7 @@ def _classes_not_judged(components: RunComponents) -> str | None:
     chosen = spec.held_out is not None or spec.fold is not None or components.recipe.student.extends is not None
     if chosen or not len(data.val) or not len(data.train):
         return None
-    names = list(map(plain, data.only_in([data.train], data.val)))
+    names = list(map(plain, classes_only_in([data.train], data.val, data)))
     if not names:
         return None
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
