@@ -13,6 +13,7 @@ from remap.data.sources import open_data
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.training_job import warn_before_training
 from remap.progress import Silent
+from remap.recipe import Recipe
 
 Make = Callable[..., Path]
 
@@ -65,8 +66,8 @@ def test_a_run_says_so_before_it_trains(tree: Make) -> None:
     data = open_data(
         str(tree({f"{part}/{name}/1.png": ord(name) for part in ("train", "val") for name in "ab"})), None, 0.2
     )
-    recipe = SimpleNamespace(losses=(), train=SimpleNamespace(accumulation=1), label_free=False)
-    views = SimpleNamespace(contents={"train": Contents(data.train), "val": Contents(data.val)})
+    recipe = Recipe.model_validate({"method": "lora", "losses": "ce"})
+    views = SimpleNamespace(contents={"train": Contents(data.train), "val": Contents(data.val)}, data=data)
     progress = Silent()
     progress.say = said.append  # type: ignore[method-assign]
     components = SimpleNamespace(recipe=recipe, views=views, labeled_share=1.0)

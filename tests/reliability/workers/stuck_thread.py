@@ -16,7 +16,10 @@ write = checkpoint_files.write_bytes
 
 def stuck(path: Path, data: bytes) -> None:
     if path.name == "000003.json":
-        Path(marker).write_text(threading.current_thread().name)
+        # Renamed, so that who waits for the file finds it written.
+        written = Path(f"{marker}.part")
+        written.write_text(threading.current_thread().name)
+        written.replace(marker)
         time.sleep(1000)
     write(path, data)
 
