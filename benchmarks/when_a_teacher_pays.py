@@ -9,8 +9,10 @@ a set take the same number of steps and the same augmentation, and learn from on
 labels (``--prepare``) and is found in the cache. ``--teacher chosen`` takes of three the one that was best on the other
 half of each set's training images (docs/objectives.md), and lets it answer for eight views of each image.
 ``--teacher given`` does the same with a teacher that was trained before, in a run of its own, on all labels of the set,
-also where its students have a tenth of them. A cell that has ended is one JSON file and is not run again. ``--table``
-prints what is there, cells that lose included.
+also where its students have a tenth of them. ``--teacher default`` is what `remap distill --data FOLDER` takes:
+mini_teacher, prepared in the best of a few ways in the run's epochs (of the digits, as their recipe has it: tuned
+whole). A cell that has ended is one JSON file and is not run again. ``--table`` prints what is there, cells that lose
+included.
 Seeds are 1, 2, ...: the embedded pair was trained on CIFAR-10 by seed 0, whose draws of a classifier it has learned.
 """
 
@@ -52,9 +54,10 @@ ALONE, KD, DEFAULT, AUTO = "labels only", "kd", "default", "auto"
 LOSSES = {ALONE: "ce", KD: "ce,kd", DEFAULT: None, AUTO: "auto"}
 ALL, FEW = 1.0, 0.1
 # With a tenth of the labels: an ImageNet classifier at 96 pixels with a probed head, or mini_conv tuned whole.
-CHOSEN, GIVEN, VIEWS = "chosen", "given", 8
+CHOSEN, GIVEN, USUAL, VIEWS = "chosen", "given", "default", 8
 BY_PROBE = {"model": "tf_efficientnet_lite0", "prepare": "probe", "image_size": 96}
 BY_FULL = {"model": "mini_conv", "prepare": "full"}
+OF_DIGITS = {"model": "mini_teacher", "prepare": "full", "lr": 1e-3}
 TEACHERS = {name: BY_FULL if name in ("cifar10", "digits") else BY_PROBE for name in SETS}
 WEIGHTS = "efficientnet_lite0.safetensors"
 # Trained on all labels: mini_conv as a whole; else a linear classifier on the same network.
@@ -164,6 +167,9 @@ class Bench:
         if cell.objective != ALONE:
             epochs = max(1, round(TEACHER_STEPS[cell.labels] / max(1, labels // BATCH)))
             words["teacher"] = {"model": self.teacher, "prepare": self.prepare, "epochs": epochs}
+            if self.teacher == USUAL:
+                usual = {"model": "mini_teacher", "allow_weak": True}
+                words["teacher"] = OF_DIGITS if source == "digits" else usual
             if self.teacher == CHOSEN:
                 words["teacher"] |= TEACHERS[cell.images]
             if self.teacher == GIVEN:
@@ -290,7 +296,9 @@ def main() -> None:
     words.add_argument("--minutes", type=float, default=60.0)
     words.add_argument("--seeds", type=int, default=3)
     words.add_argument("--augment", default="shift")
-    words.add_argument("--teacher", default="mini_teacher", help=f"or {CHOSEN}, {GIVEN}; each has results of its own")
+    words.add_argument(
+        "--teacher", default="mini_teacher", help=f"or {CHOSEN}, {GIVEN}, {USUAL}; results in a DIR each"
+    )
     words.add_argument("--prepare", default="auto", help="teacher.prepare")
     words.add_argument("--labels", nargs="+", type=float, default=[ALL, FEW], choices=[ALL, FEW])
     words.add_argument("--objectives", nargs="+", default=list(LOSSES), choices=list(LOSSES))
