@@ -11,7 +11,7 @@ from remap_cli import options as opt
 
 
 def adapt(
-    run: Annotated[Path, typer.Argument(help="A run directory; it stays as it is.", show_default=False)],
+    run: Annotated[Path, opt.run_argument("A run directory; it stays as it is.")],
     target: Annotated[
         str, typer.Option(help="Folder or tar of images of the other domain, without labels.", show_default=False)
     ],

@@ -14,7 +14,7 @@ from remap_cli import options as opt
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    run: Annotated[Path, opt.run_argument("A run directory.")],
     data: Annotated[
         str | None, typer.Option(help="Other images with the same class names; by default the run's own split.")
     ] = None,

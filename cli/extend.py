@@ -20,7 +20,7 @@ _HOW = "ranpac, prototypes, lwf, finetune (the lower bound), or the run's method
 
 
 def extend(
-    run: Annotated[Path, typer.Argument(help="A finished run directory; it stays as it is.", show_default=False)],
+    run: Annotated[Path, opt.run_argument("A finished run directory; it stays as it is.")],
     data: Annotated[str, typer.Option(help="The new images, as for `remap tune`.", show_default=False)],
     val_data: Annotated[str | None, typer.Option(help="Separate folder or tar of them to evaluate on.")] = None,
     only: Annotated[str | None, typer.Option(help="Classes of --data to learn, with commas; all by default.")] = None,

@@ -38,6 +38,21 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmat
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.", rich_help_panel=_RUN)]
 
 
+def require_there(run: Path | None) -> Path | None:
+    """Refuse a run that is not there, before what reads it is loaded: PyTorch takes seconds."""
+    if run is not None:
+        from remap.io.paths import expanded
+        from remap.runs import run_dir  # imports pydantic, which --help needs not
+
+        run_dir.require_there(expanded(run))
+    return run
+
+
+def run_argument(help: str) -> Any:
+    """Return the argument of a command that reads a run."""
+    return typer.Argument(help=help, show_default=False, callback=require_there)
+
+
 @dataclass(frozen=True)
 class OptionRow:
     """One option of one or more training commands.

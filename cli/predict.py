@@ -82,12 +82,13 @@ def predict(
         )
     if output is None and not launch.is_first():  # the images are not divided among processes
         return
+    from remap.prediction.inputs import Inputs  # without PyTorch, so that a wrong name is said at once
+
+    inputs = Inputs(words, list_file or [])
     launch.start_processes(devices)
-    from remap.prediction.inputs import Inputs
     from remap.prediction.predict import in_precision_of, open_students, predict_to_file
     from remap.prediction.predictions import Wanted, predictions
 
-    inputs = Inputs(words, list_file or [])
     wanted = Wanted(top, probabilities, embeddings, batch_size, precision=precision, adapt=adapt, threshold=threshold)
     with console.Reporter(quiet=not launch.is_first()) as progress:
         if output is not None:
@@ -118,7 +119,7 @@ def _runs(run: Path | None, images: list[str], tasks: list[str]) -> tuple[Path |
     if not tasks:
         if run is None:
             raise RecipeError(["name a run directory, or tasks with --task NAME=RUN"], "command line")
-        return run, images
+        return opt.require_there(run), images
     named = [task.partition("=") for task in tasks]
     if not all(name and path for name, _, path in named) or len({name for name, _, _ in named}) < len(named):
         raise RecipeError(["--task is NAME=RUN, each name once"], "command line")

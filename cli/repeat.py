@@ -23,7 +23,7 @@ MEMORY, SKIPPED = "accumulation", ("skipped steps", "learning-rate factor")
 
 
 def repeat(
-    run: Annotated[Path, typer.Argument(help="A finished run directory.", show_default=False)],
+    run: Annotated[Path, opt.run_argument("A finished run directory.")],
     output: Annotated[Path | None, typer.Option(help="Run directory to make.", show_default="RUN-repeat-001")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Decoding threads; they change no result.", show_default="the run's own")

@@ -112,11 +112,9 @@ class RunDir(RunRecords):
         """
         run = RunDir(path)
         if not os.path.isfile(run.path / "recipe.yaml"):
-            name = plain(str(path))
-            if not os.path.lexists(run.path):
-                raise RunError(f"there is no run directory {name}", given=not_a_folder(run.path), do=see_runs(run.path))
+            require_there(run.path)
             given = "recipe.yaml is missing" if os.path.isdir(run.path) else not_a_folder(run.path)
-            raise RunError(f"{name} is not a run directory", given=given, do=see_runs(run.path))
+            raise RunError(f"{plain(str(path))} is not a run directory", given=given, do=see_runs(run.path))
         return run
 
     @contextmanager
@@ -179,6 +177,16 @@ def _unfit_for_tensors(path: Path) -> str | None:
     except UnicodeEncodeError:
         return "it holds a byte that is not UTF-8"
     return None
+
+
+def require_there(path: Path) -> None:
+    """Refuse a path at which nothing is.
+
+    Raises:
+        RunError: Nothing is there.
+    """
+    if not os.path.lexists(path):
+        raise RunError(f"there is no run directory {plain(str(path))}", given=not_a_folder(path), do=see_runs(path))
 
 
 def not_a_folder(path: Path) -> str:

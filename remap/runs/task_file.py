@@ -28,7 +28,7 @@ from remap.io.sealed_json import parse_sealed
 from remap.io.tensor_files import read_safetensors
 from remap.network import Network
 from remap.recipe.schema import LARGEST_SIDE, MethodSpec, ModelSpec, PathOrName
-from remap.runs.run_dir import RunDir, not_a_folder, see_runs
+from remap.runs.run_dir import RunDir, not_a_folder, require_there, see_runs
 
 FORMAT, FORMAT_OF_SETS = 1, 2  # of task multilabel, which earlier versions would read as one class an image
 MOST_CLASSES = 1_000_000
@@ -163,6 +163,7 @@ def read_meta(folder: Path) -> TaskMeta:
         is_run = all(os.path.isfile(folder.parent / name) for name in ("recipe.yaml", "status.json"))
         if is_run and folder.name == "task":
             raise _unfinished(folder.parent)
+        require_there(folder)
         given = "it has neither recipe.yaml nor task.json" if os.path.isdir(folder) else not_a_folder(folder)
         what = f"{plain(str(folder))} is not a run directory or task folder"
         raise RunError(what, given=given, do=see_runs(folder))

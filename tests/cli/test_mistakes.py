@@ -136,28 +136,39 @@ def test_a_folder_that_is_not_there_is_not_advised(remap: Callable[..., Result],
     assert "see `ls runs`" in remap("eval", "absent").message
 
 
-@pytest.mark.parametrize(("name", "given"), [("absent", "no such folder"), (".", "it has neither recipe.yaml nor")])
+ABSENT = ("absent", "there is no run directory absent", "no such folder")
+NEITHER = "is not a run directory or task folder", "it has neither recipe.yaml nor"
+
+
+@pytest.mark.parametrize(("name", "what", "given"), [ABSENT, (".", *NEITHER)])
 @pytest.mark.parametrize("command", ["predict RUN PICTURES", "export RUN --to onnx", "tasks add shelf name=RUN"])
 def test_what_is_not_a_run_is_named_by_what_was_given(
-    remap: Callable[..., Result], pictures: Path, command: str, name: str, given: str, tmp_path: Path
+    remap: Callable[..., Result], pictures: Path, command: str, name: str, what: str, given: str, tmp_path: Path
 ) -> None:
     result = remap(*command.replace("RUN", name).replace("PICTURES", str(pictures)).split())
-    assert result.exit_code == 2 and f"{name} is not a run directory or task folder" in result.message
+    assert result.exit_code == 2 and what in result.message
     assert f"given:   {given}" in result.message and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "given"), [("absent", "no such folder"), ("photos", "it has neither recipe.yaml nor")]
-)
+@pytest.mark.parametrize(("name", "what", "given"), [ABSENT, ("photos", *NEITHER)])
 @pytest.mark.parametrize("command", ["predict RUN PICTURES", "export RUN --to onnx", "tasks add shelf name=RUN"])
 def test_a_recipe_of_init_beside_a_wrong_name_is_not_called_an_unfinished_run(
-    remap: Callable[..., Result], pictures: Path, command: str, name: str, given: str, tmp_path: Path
+    remap: Callable[..., Result], pictures: Path, command: str, name: str, what: str, given: str, tmp_path: Path
 ) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "recipe.yaml").write_text("data: {source: photos}\n")  # where `remap init` writes it
     result = remap(*command.replace("RUN", name).replace("PICTURES", str(pictures)).split())
-    assert result.exit_code == 2 and f"{name} is not a run directory or task folder" in result.message
+    assert result.exit_code == 2 and what in result.message
     assert f"given:   {given}" in result.message and "resume" not in result.message
+
+
+@pytest.mark.parametrize("command", ["predict absent x.png", "export absent --to onnx", "eval absent", "repeat absent"])
+def test_a_run_that_is_not_there_is_refused_without_pytorch(command: str, tmp_path: Path) -> None:
+    """PyTorch takes seconds to load; nothing of it is needed to see that a folder is missing."""
+    code = "import sys\nfrom remap_cli.main import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    words = [sys.executable, "-c", code, *command.split()]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "there is no run directory absent" in done.stderr and done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("name", ["run", "run/task"])
