@@ -91,6 +91,8 @@ def _code(text: str) -> str:
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
-def table(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Return a Markdown table of names and texts from anywhere: a bar in a text would end its cell."""
-    return ["| | |", "|---|---|", *(f"| {name} | {plain(text).replace('|', chr(92) + '|')} |" for name, text in rows)]
+def table(rows: Sequence[tuple[str, ...]], heads: Sequence[str] = ("", "")) -> list[str]:
+    """Return a Markdown table of texts from anywhere: a bar in a text would end its cell."""
+    cells = [[plain(text).replace("|", r"\|") for text in row] for row in (heads, *rows)]
+    first, *others = (f"| {' | '.join(row)} |" for row in cells)
+    return [first, "|---" * len(heads) + "|", *others]

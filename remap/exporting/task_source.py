@@ -1,6 +1,7 @@
 """What is exported: a tuned student by its run directory or task folder, and all that is known of it."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from remap.network import Network
 from remap.runs.run_dir import RunDir
 from remap.runs.run_images import images_of_run
 from remap.runs.task import load_task, require_classifier
-from remap.runs.task_file import folder_of, read_meta
+from remap.runs.task_file import TaskMeta, folder_of, read_meta
 
 UNKNOWN_LICENCE = "unknown, check"
 # Of a check without the run's own images: one batch of 64, and 7 more.
@@ -172,10 +173,7 @@ class TaskSource:
             "method": {"name": meta.method.name, **meta.method.options},
             "accuracy": student.get("test_accuracy", student.get("accuracy")),
             "data": summary.get("data", {}).get("source"),
-            # The licence that timm names is that of its own weights, not of those in a file.
-            "licence_of_base_model": str(
-                (not is_weights_file(meta.backbone.weights) and self.pretrained_cfg.get("license")) or UNKNOWN_LICENCE
-            ),
+            "licence_of_base_model": licence_of_base_model(meta, self.pretrained_cfg),
             "teachers": [
                 {"model": one["model"], "licence": licence_of(one["model"]) or UNKNOWN_LICENCE} for one in teachers
             ],
@@ -201,6 +199,11 @@ class TaskSource:
     def _command(self) -> str | None:
         file = self.run.path / "command.txt" if self.run is not None else None
         return file.read_text(errors="replace").strip() if file is not None and file.is_file() else None
+
+
+def licence_of_base_model(meta: TaskMeta, pretrained_cfg: Mapping[str, Any]) -> str:
+    """Return the licence of a task's backbone: that which timm names is of its own weights, not of those in a file."""
+    return str((not is_weights_file(meta.backbone.weights) and pretrained_cfg.get("license")) or UNKNOWN_LICENCE)
 
 
 def preprocessing_facts(spec: PreprocessSpec, view: View) -> dict[str, Any]:

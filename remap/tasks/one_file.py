@@ -1,5 +1,6 @@
 """``remap tasks export``: the tasks of a shelf in one ONNX file, an output for each, what they share in it once."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from remap import __version__
-from remap.data import ACTIVATION, MULTILABEL
+from remap.backbones.typed import as_timm
+from remap.data import ACTIVATION, CLASSES, MULTILABEL
 from remap.errors import RunError
 from remap.exporting import FORMATS, snippets
 from remap.exporting.check import Comparison, bytes_of, compare, require_equal
@@ -17,12 +19,13 @@ from remap.exporting.format import ExportOptions, Format
 from remap.exporting.model_card import literal, table
 from remap.exporting.onnx_file import answer_of, save_graph, traced
 from remap.exporting.program import Program, example, input_in_words
-from remap.exporting.task_source import DRAWN, SourceImages, preprocessing_facts
+from remap.exporting.task_source import DRAWN, SourceImages, licence_of_base_model, preprocessing_facts
 from remap.io import atomic_write
 from remap.io.human_size import number_of
 from remap.io.paths import expanded
 from remap.pipeline.student_api import Student
 from remap.progress import Progress, Silent
+from remap.runs.task_file import read_meta
 from remap.tasks.shelf import Shelf
 
 FILE = "tasks.onnx"
@@ -76,18 +79,23 @@ def export_tasks(
     chosen.require_fit(row)
     form: Format = row.load()(row)
     form.require_packages()
-    multi = Shelf(shelf).open("cpu")
+    opened = Shelf(shelf)
+    multi = opened.open("cpu")
     students = {name: multi.student(name) for name in tasks or multi.students}
     first = next(iter(students.values()))
     _require_one_graph(students, multi.backbone_parameters)
     spec, view = first.network.preprocess, first.view
+    metas = {name: read_meta(opened.folder(name)) for name in students}
+    pretrained_cfg = as_timm(first.network.model).pretrained_cfg
     facts = {
         "tasks": list(students),
         "classes": {name: list(student.classes) for name, student in students.items()},
         "activation": {name: ACTIVATION[student.network.task] for name, student in students.items()},
         "preprocessing": preprocessing_facts(spec, view),
         "input": input_in_words(view, chosen),
+        "methods": {name: {"name": meta.method.name, **meta.method.options} for name, meta in metas.items()},
         "base_model": first.network.identity.model,
+        "licence_of_base_model": licence_of_base_model(next(iter(metas.values())), pretrained_cfg),
         "remap": __version__,
     }
     with making(expanded(output), force) as folder:
@@ -106,7 +114,7 @@ def export_tasks(
             cut, sizes = 0.0 if student.network.task == MULTILABEL else None, (bytes_of(student.model), size)
             found[name] = compare(student.logits_of_views, answer, images, sizes, cut)
             require_equal(found[name], f"onnx (task {name})")
-        atomic_write.write_text(folder / CARD, _card(facts, snippets.many_tasks(view, chosen, FILE)))
+        atomic_write.write_text(folder / CARD, _card(facts, found, snippets.many_tasks(view, chosen, FILE)))
         record = facts | {"format": "onnx", "files": [CARD, RECORD, FILE]}
         record["comparison"] = {name: one.to_dict() for name, one in found.items()}
         atomic_write.write_json(folder / RECORD, record)
@@ -143,15 +151,37 @@ def _share(graph: torch.onnx.ONNXProgram) -> None:
     common.RemoveUnusedNodesPass()(graph.model)
 
 
-def _card(facts: dict[str, Any], usage: str) -> str:
-    rows = [(name, ", ".join(map(literal, classes))) for name, classes in facts["classes"].items()]
+def _card(facts: dict[str, Any], found: Mapping[str, Comparison], usage: str) -> str:
     shape = " x ".join(map(str, facts["input"]["shape"]))
-    rows += [("base model", literal(facts["base_model"])), ("input", f"`images`: {facts['input']['type']}, {shape}")]
-    save = "Save this as `classify.py` in this folder, then run `python classify.py PHOTO TASK`."
-    lines = [
-        f"# {number_of(len(facts['tasks']), 'task')} on one backbone",
-        "",
-        f"Written by remap {facts['remap']}.",
-        "",
+    rows = [
+        ("base model", f"{literal(facts['base_model'])}, licence: {facts['licence_of_base_model']}"),
+        ("input", f"`images`: {facts['input']['type']}, {shape}"),
+        ("outputs", "one a task, by its name"),
     ]
-    return "\n".join([*lines, *table(rows), "", save, "", "```python", usage.rstrip(), "```", ""])
+    tasks = []
+    for name, classes in facts["classes"].items():
+        one, several = found[name], facts["activation"][name] != ACTIVATION[CLASSES]
+        shown = ", ".join(map(literal, classes)) + (" (any number of them)" if several else "")
+        checked = f"{one.same_labels} of {one.count} labels equal, difference {one.difference:.1e}; {one.images}"
+        tasks.append((literal(name), shown, f"`{json.dumps(facts['methods'][name])}`", checked))
+    return "\n".join(
+        [
+            f"# {number_of(len(tasks), 'task')} on one backbone",
+            "",
+            f"Written by remap {facts['remap']}.",
+            "",
+            *table(rows),
+            "",
+            *table(tasks, ("task", "classes", "method", "checked against the task alone")),
+            "",
+            "Licences of the base model and of the teachers of these tasks may bind what was made of them: read them"
+            " before you ship. What the teachers were is in the runs that the tasks are from.",
+            "",
+            "Save this as `classify.py` in this folder, then run `python classify.py PHOTO TASK`.",
+            "",
+            "```python",
+            usage.rstrip(),
+            "```",
+            "",
+        ]
+    )

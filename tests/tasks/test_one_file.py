@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from remap.errors import RunError
+from remap.exporting.task_source import DRAWN
 from remap.pipeline.student_api import load_student
 from remap.tasks.one_file import FILE, export_tasks
 from remap.tasks.shelf import Shelf
@@ -52,9 +53,14 @@ def test_each_output_is_the_task_alone(
     assert sum(node.op_type == "Conv" for node in graph.node) == 1
     backbone = sum(p.numel() for p in load_student(tmp_path / "birds", "cpu").model.parameters())
     assert sum(int(np.prod(one.dims)) for one in graph.initializer) < 1.6 * backbone
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "licence: unknown, check" in card and f"{DRAWN} random images" in card
+    for name, method in TASKS.items():
+        row = next(line for line in card.splitlines() if line.startswith(f"| {name} "))
+        assert f'"name": "{method}"' in row and f"{DRAWN} of {DRAWN} labels equal" in row
     # The card's own Python, on a picture.
     Image.fromarray(np.full((20, 20, 3), 90, np.uint8)).save(tmp_path / "picture.png")
-    code = (tmp_path / "out" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    code = card.partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path / "out")
     picture = tmp_path / "picture.png"
     named = [name for name, _ in load_student(tmp_path / "cars", "cpu").predict_all([picture])[0]]
