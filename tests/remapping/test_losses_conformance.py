@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_gpu import computing_on_gpu, move, on_gpu
 from torch import Tensor
 
 from remap.errors import BackboneError
@@ -262,3 +263,24 @@ def test_each_head_needs_equal_heads(pair: Pair) -> None:
 def test_no_projector_needs_equal_widths(pair: Pair) -> None:
     with pytest.raises(BackboneError, match="student 16, teacher 24"):
         make("feature", {"projector": "none"}, pair)
+
+
+@each_loss
+def test_it_stays_on_the_device_of_its_networks(
+    name: str, options: dict, pair: Pair, student: Any, teacher: Any
+) -> None:
+    """Source: PyTorch's fake tensors, which refuse operations between a GPU and the CPU."""
+    objective, labels = objective_of(name, options, pair), labels_of(name)
+    labels = replace(labels, classes_B=on_gpu(labels.classes_B))
+    move(student.model, teacher.model, objective)
+    for network in (student, teacher):
+        network.images = on_gpu(network.images)
+    with computing_on_gpu():
+        targets = objective.targets(teacher.signals(objective.teacher_needs()))
+        total, parts = objective(student.signals(objective.student_needs()), [targets], labels)
+        assert {tensor.device.type for tensor in (total, *parts.values(), *targets.values())} == {"cuda"}
+
+
+def test_a_tensor_on_the_cpu_is_found() -> None:
+    with pytest.raises(RuntimeError, match="same device|different devices"), computing_on_gpu():
+        on_gpu(torch.zeros(3)) + torch.ones(3)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from fake_gpu import computing_on_gpu, move, on_gpu
 
 from remap.backbones.anatomy import admit_tokens, anatomy_of, module_at
 from remap.errors import BackboneError
@@ -207,3 +208,16 @@ def test_map_is_float32_under_autocast() -> None:
 def test_needs_add_up() -> None:
     union = Needs(pooled=True, attention=frozenset({0})) | Needs(attention=frozenset({2}))
     assert union == Needs(pooled=True, attention=frozenset({0, 2}))
+
+
+def test_signals_are_on_the_device_of_the_network(network: Any) -> None:
+    """Source: PyTorch's fake tensors, which refuse operations between a GPU and the CPU."""
+    move(network.model)
+    network.images = on_gpu(network.images)
+    every = frozenset({0, 1})
+    with computing_on_gpu():
+        signals = network.signals(Needs(pooled=True, attention=every, values=every, tokens=every))
+        maps = [one.map_BHSS() for one in signals.attention.values()]
+        tokens = [one.patches_BND for one in signals.tokens.values()]
+        found = [signals.logits_BC, signals.pooled_BD, *maps, *tokens]
+        assert len(maps) == 2 and {one.device.type for one in found if one is not None} == {"cuda"}

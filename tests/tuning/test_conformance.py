@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_gpu import computing_on_gpu, move, on_gpu
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import AttentionBlock, anatomy_of, rest_of_forward
@@ -54,6 +55,8 @@ def test_a_method_that_was_just_attached(
         lambda: _dropout_is_keyed_by_sample(attached, tools),
     ]
     if pair.each:
+        if pair.method != "attention_copy":  # which moves a teacher beside the model, with its numbers
+            checks.append(lambda: _it_computes_on_the_device_of_its_model(attached, tools))
         checks.append(lambda: _a_model_converted_after_attaching_trains(attached, tools))
     for check in checks:
         with subtests.test(check.__code__.co_names[0]):
@@ -227,6 +230,17 @@ def _a_model_converted_after_attaching_trains(attached: Attached, tools: Tools) 
         attached.after_step(step, 2)
     assert out.dtype == torch.float64
     assert all(p.grad.dtype == torch.float64 for p in tools.trained(attached).values())
+
+
+def _it_computes_on_the_device_of_its_model(attached: Attached, tools: Tools) -> None:
+    """Source: PyTorch's fake tensors, which refuse operations between a GPU and the CPU."""
+    twin, images = copy.deepcopy(attached), on_gpu(tools.images())
+    twin.train()
+    twin.set_sample_keys(on_gpu(torch.tensor([11, 12])))
+    move(twin.model)
+    with computing_on_gpu():
+        out, penalty = twin.model(images), twin.penalty()
+        assert {one.device.type for one in (out, penalty) if one is not None} == {"cuda"}
 
 
 def _detach_gives_the_backbone_back_bit_for_bit(base: Tools, attached: Attached, tools: Tools) -> None:
