@@ -17,6 +17,8 @@ from remap.io.names import plain
 from remap.io.paths import absolute
 from remap.pipeline.comparison_cells import ALONE, Cell, teacher_key
 from remap.progress import Progress
+from remap.recipe import dump, load_finished
+from remap.recipe.in_words import losses_in_words
 from remap.recipe.schema import DataSpec, MethodSpec, Recipe
 from remap.runs.environment import command
 from remap.runs.run_dir import RunDir
@@ -24,8 +26,8 @@ from remap.runs.run_records import JUDGED
 
 # The file that names the recipe of a comparison, and the folders of the teacher that its runs share, and of trials.
 MARKER, TEACHER, SEARCH = "compare-of.txt", "teacher", "search"
-# The command that was given last: it resumes the comparison.
-COMMAND = "command.txt"
+# The command that was given last: it resumes the comparison. And the recipe, to name what another one differs in.
+COMMAND, RECIPE = "command.txt", "compare-recipe.yaml"
 # What is not done again for another recipe: finished runs and trials, and a teacher that is being tuned.
 _BEGUN = (
     *("*/summary.json", f"{SEARCH}/*/summary.json", f"{SEARCH}/*/*/summary.json", "round-*/*/summary.json"),
@@ -85,7 +87,8 @@ def claim(output: Path, recipe: Recipe) -> None:
     atomic_write.make_folder(output)
     marker = output / MARKER
     # Always with the same method, so that methods can be added to a comparison.
-    digest = recipe.model_copy(update={"method": MethodSpec(name="linear")}).digest(places=False)
+    common = recipe.model_copy(update={"method": MethodSpec(name="linear")})
+    digest = common.digest(places=False)
     if not os.path.lexists(marker) and (other := next(output.glob("*/recipe.yaml"), None)):
         raise RunError(
             f"{output} holds runs that are not part of a comparison; nothing in it was touched",
@@ -99,11 +102,12 @@ def claim(output: Path, recipe: Recipe) -> None:
             cells = sorted(path.parent for path in output.glob("*/summary.json"))
             raise RunError(
                 f"{output} holds a comparison of another recipe; nothing in it was touched",
-                given=_differences(recipe, [path for path in cells if not path.name.startswith(TEACHER)]),
+                given=_differences(output, common, [path for path in cells if not path.name.startswith(TEACHER)]),
                 do=f"name another --output, or repeat the options it was started with: {command_of(output)}",
             )
         if then:
             _remove_teachers(output)
+    atomic_write.write_text(output / RECIPE, dump(common.model_copy(update={"data": common.data.written_out()})))
     atomic_write.write_text(marker, digest + "\n")
     atomic_write.write_bytes(output / COMMAND, f"{shlex.join(command())}\n".encode(errors="surrogateescape"))
 
@@ -130,30 +134,33 @@ def _remove_teachers(output: Path) -> None:
             raise RunError(f"cannot remove {folder}: {error.strerror}", do=do) from error
 
 
-def _differences(recipe: Recipe, runs: Sequence[Path]) -> str | None:
-    """Return the fields that differ from those of a run, apart from what the cells of a comparison differ in.
+def _differences(output: Path, recipe: Recipe, runs: Sequence[Path]) -> str | None:
+    """Return the fields that differ from those of a comparison.
 
     Args:
-        runs: Finished cells; one with a teacher says most.
+        recipe: With the method that stands for all of them.
+        runs: Finished cells of a folder of an earlier version, which has no recipe of its own.
     """
-    taught = [path for path in runs if f"-{ALONE}-" not in path.name]
+    of_cells: tuple[str, ...] = ()
     try:
-        made = RunDir((taught or [*runs])[0]).recipe()
-    except (IndexError, RemapError):
-        return None
-    now, then = (_flat(one.written_out().model_dump(mode="json")) for one in (recipe, made))
-    for values in (now, then):  # null means 1
-        values["data.depth"] = values["data.depth"] or 1
-    rows = [
-        f"{key}: {now.get(key)} now, {then.get(key)} then"
-        for key in sorted({*now, *then})
-        if now.get(key) != then.get(key) and not key.startswith(_OF_CELLS if made.teachers else (*_OF_CELLS, "teacher"))
-    ]
-    if not rows and taught:  # the losses, which also differ between the cells of one comparison
-        rows = [
-            "losses: {} now, {} then".format(*(", ".join(loss.name for loss in one.losses) for one in (recipe, made)))
-        ]
-    return plain("; ".join(rows)) or None
+        made = load_finished(output / RECIPE)  # no method of it is run
+    except RemapError:
+        taught = [path for path in runs if f"-{ALONE}-" not in path.name]  # says most
+        try:
+            made = RunDir((taught or [*runs])[0]).recipe()
+        except (IndexError, RemapError):
+            return None
+        of_cells = _OF_CELLS if made.teachers else (*_OF_CELLS, "teacher")
+    now, then = map(_values, (recipe, made))
+    differing = [key for key in sorted({*now, *then}) if now.get(key) != then.get(key) and not key.startswith(of_cells)]
+    return plain("; ".join(f"{key}: {now.get(key)} now, {then.get(key)} then" for key in differing)) or None
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields as they are compared and shown; a rate that is the method's own is none."""
+    values = _flat(recipe.written_out().model_dump(mode="json")) | {"train.base_lr": recipe.train.base_lr}
+    values["data.depth"] = values["data.depth"] or 1  # null means 1
+    return values | {"losses": losses_in_words(recipe.losses) or "none"}
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:

@@ -8,10 +8,10 @@ import torch
 from remap.errors import RunError
 from remap.io.paths import expanded
 from remap.network import Network
-from remap.pipeline.fit_at_once import features_digest
 from remap.pipeline.sessions import sessions_of
 from remap.runs.session_figures import sessions_problem
 from remap.runs.task import load_task
+from remap.tuning.finetuning.ranpac import PATH as RANDOM_FEATURES
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class SessionRow:
     """One session of a chain of runs.
 
     Attributes:
-        same_features: Whether its features are those of the newest session bit for bit; so it is after sessions that
-            fit the classifier at once.
+        same_features: Whether its features, before the fixed projection of ``ranpac``, are those of the newest session
+            bit for bit; so it is after sessions that fit the classifier at once.
         same_answers: Whether all it learned, its classifier too, stands in the newest session bit for bit, and an image
             that gets its set of ``domains`` has the same answer as then.
         then, now: Accuracy on its images right after it, and by the newest run; None where it was not measured.
@@ -51,20 +51,30 @@ def verify_sessions(path: str | Path) -> list[SessionRow]:
     found = sessions[-1].run.summary().get("sessions")
     if found is None or len(sessions) < 2 or sessions_problem(found) is not None:
         raise RunError(f"{path} is neither a shelf of tasks nor a run that extends another", do="see `remap extend`")
-    networks = [load_task(one.run.path)[0] for one in sessions]
-    digests, matrix = [features_digest(network) for network in networks], found["accuracy"]
+    networks, matrix = [load_task(one.run.path)[0] for one in sessions], found["accuracy"]
     return [
         SessionRow(
             str(one.run.path),
             len(one.classes),
-            digest == digests[-1],
+            _has_same_features(networks[number], networks[-1]),
             _is_kept(networks[number], networks[-1]),
             matrix[number][number],
             matrix[-1][number],
             one.run.damage() or "",
         )
-        for number, (one, digest) in enumerate(zip(sessions, digests, strict=True))
+        for number, one in enumerate(sessions)
     ]
+
+
+def _has_same_features(old: Network, new: Network) -> bool:
+    """Whether what the classifier reads is the same, with or without a random projection of it."""
+    if (old.identity.sha256, old.preprocess) != (new.identity.sha256, new.preprocess):
+        return False
+    then, now = (
+        {k: t for k, t in one.tensors.items() if not one.anatomy.is_head(k) and not k.startswith(f"{RANDOM_FEATURES}.")}
+        for one in (old, new)
+    )
+    return then.keys() == now.keys() and all(torch.equal(tensor, now[name]) for name, tensor in then.items())
 
 
 def _is_kept(old: Network, new: Network) -> bool:

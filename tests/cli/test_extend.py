@@ -46,6 +46,9 @@ def test_sessions_from_the_first_to_a_report(remap: Callable[..., Result], three
     assert "images of the last session" in evaluated.stderr and "last session" not in remap("eval", "first").stderr
     verified = remap("tasks", "verify", "second", "--json")
     assert [row["same_features"] for row in json.loads(verified.stdout)] == [True, True]
+    assert remap(*new, "--how", "ranpac", "--output", "projected").exit_code == 0
+    projected = json.loads(remap("tasks", "verify", "projected", "--json").stdout)
+    assert [row["same_features"] for row in projected] == [True, True]  # a random projection of them is read
     assert remap("tasks", "verify", "first").exit_code == 2  # neither a shelf nor extended
     refused = remap(*new, "--how", "prototypes", "--memory", "2", "--output", "third")
     assert refused.exit_code == 2 and "--memory" in refused.message

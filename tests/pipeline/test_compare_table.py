@@ -158,6 +158,22 @@ def test_a_folder_of_another_recipe_names_every_difference(compared: Path, tiny:
         compare(other, METHODS, 2, compared, Silent())
 
 
+@pytest.mark.parametrize(
+    ("settings", "words", "given"),
+    [
+        (("train.lr=0.5",), {}, "train.lr: 0.5 now, 0.01 then"),
+        ((), {"seed": 5}, "seed: 5 now, 0 then"),
+        ((), {"losses": "ce,kd:2"}, "losses: ce x 1, kd x 2 now, ce x 1, kd x 1 then"),
+    ],
+)
+def test_what_the_cells_of_one_comparison_may_differ_in_is_named_too(
+    compared: Path, tiny: Any, settings: tuple[str, ...], words: dict[str, Any], given: str
+) -> None:
+    common = ("train.checkpoint_seconds=0", "teacher.allow_weak=true")
+    with pytest.raises(RunError, match=rf"given:   {given}\n"):
+        compare(tiny.recipe(*common, *settings, **{"losses": "ce,kd", **words}), METHODS, 2, compared, Silent())
+
+
 def test_every_cell_is_searched_alike_and_evaluation_images_decide_nothing(
     recipe: Recipe, tmp_path: Path, watch: Callable[..., Any]
 ) -> None:
