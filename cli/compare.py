@@ -185,6 +185,8 @@ def _show(table: dict[str, Any]) -> None:
         f"gain and to full tuning in points, with 95% intervals; {_UNCLEAR} not distinguishable: 0 is within."
         f" * on the Pareto front of trained parameters and {table['metric']} with the teacher"
     )
+    for why in table["left_out"].values():
+        console.line(f"left out: {why}")
     for teacher in (table["teacher"], *table["more_teachers"]):
         accuracy = "" if teacher["accuracy"] is None else f", {table['metric']} {teacher['accuracy']:.1%}"
         console.line(f"teacher: {teacher['model']} (head: {teacher['head']}){accuracy}")

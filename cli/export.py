@@ -70,4 +70,5 @@ def export(
         before, after = report["accuracy"]
         name, drop = report["worst_class"]
         console.line(f"accuracy {before:.2%} -> {after:.2%}; the worst class, {name}, loses {drop:.1f} points")
-    console.line(f"written: {found.file}; {found.output / 'README.md'} says how to use it")
+    how = "how to use it" if "classify.py" in found.record["files"] else "what it takes and gives"
+    console.line(f"written: {found.file}; {found.output / 'README.md'} says {how}")

@@ -48,7 +48,8 @@ def main() -> None:
 
             launch.watch_parent()
         try:
-            app()
+            first = os.environ.get("RANK", "0") == "0"
+            code = app(standalone_mode=first)  # which prints usage errors, once for all processes
         finally:
             sys.stdout.flush()
     except SystemExit as leaving:  # how Typer ends
@@ -84,6 +85,8 @@ def _report(error: BaseException) -> int:
     from remap.errors import Interrupted, RemapError, refused_thread
     from remap_cli import launch
 
+    if hasattr(error, "format_message"):  # Typer's, of another process than the first
+        return 2
     distributed = sys.modules.get("remap.distributed.launch")  # a broken connection means that another process ended
     problem = error if isinstance(error, RemapError) else distributed and distributed.lost_process(error)
     problem = problem or refused_thread(error)  # of a library: the progress bars' for one

@@ -21,7 +21,7 @@ def write(folder: Path, *, pngs: bool = True) -> Path:
     from remap.errors import RunError
     from remap.io.names import plain
     from remap.io.paths import expanded
-    from remap.pipeline.comparison_folder import MARKER, command_of
+    from remap.pipeline.comparison_folder import MARKER, RECOMMENDATION, command_of
     from remap.report.compare_report import RECORD, report_comparison
     from remap.report.run_report import report_run
     from remap.runs.run_dir import RunDir
@@ -32,6 +32,9 @@ def write(folder: Path, *, pngs: bool = True) -> Path:
     if not (folder / "recipe.yaml").is_file() and (inside := min(folder.glob(f"*/{RECORD}"), default=None)):
         do = f"name a comparison in it, such as {shlex.quote(plain(str(inside.parent)))}"
         raise RunError(f"{plain(str(folder))} is a folder of comparisons, of which each has its report", do=do)
+    if not (folder / "recipe.yaml").is_file() and (folder / RECOMMENDATION).is_file():
+        what = f"{plain(str(folder))} holds a recommendation, which has no report"
+        raise RunError(what, do=f"read {RECOMMENDATION} there, or compare the methods that it names: remap compare")
     if not (folder / "recipe.yaml").is_file() and (folder / MARKER).is_file():
         what = f"the comparison in {plain(str(folder))} has not finished"
         raise RunError(what, do=f"run its command again: {command_of(folder)}")

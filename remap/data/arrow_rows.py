@@ -102,6 +102,14 @@ def _one(
     sure = named is not None or not usually or found[0] in usually if found else False  # else two may be meant
     if len(found) == 1 and sure:
         return found[0]
+    kinds = {field.name: field.type for field in schema}
+    if named is not None and named in kinds and what == "image":
+        raise DataError(
+            f"the column {plain(named)} holds no images",
+            given=f"{plain(named)} ({kinds[named]})",
+            allowed=plain(", ".join(allowed)) or "columns of bytes, or of bytes and paths",
+            do="name another column; a table of paths and labels is read as a CSV: --data csv:FILE",
+        )
     or_split = "; or take the split that has labels: ,split=NAME" if what == "label" else ""
     raise DataError(
         f"the column of the {what}s is not known",

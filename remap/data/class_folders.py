@@ -1,6 +1,7 @@
 """Labelled images from a folder of class folders, with or without train, val and test; or from an archive of one."""
 
 import os
+import shlex
 from pathlib import Path
 
 from remap.data.file_listing import Listing
@@ -105,8 +106,9 @@ def _deeper(word: str, layout: Layout, splits: BySplit, level: int) -> DataError
         f"for {_some(deeper)} as classes add --set data.depth={level};"
         f" for {_some(names)} as classes add --set data.depth=1 (remap data check and init: --depth)"
     )
-    if len(names) > 1 and set.intersection(*inner.values()):
-        do += f"; if these are splits, name them: --data {word}/{names[0]} --val-data {word}/{names[-1]}"
+    if len(names) == 2 and set.intersection(*inner.values()):
+        one, other = (shlex.quote(f"{word}/{name}") for name in names)
+        do += f"; if these are splits, name them: --data {one} --val-data {other}"
     return DataError(
         f"the class folders hold sub-folders and no images themselves: the classes may lie {level} levels deep",
         given=f"{word} holds {', '.join(deeper[:5])}" + (" ..." if len(deeper) > 5 else ""),

@@ -14,6 +14,8 @@ _FILES = ("_ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
 _FOLDERS = ("__macosx", "thumbs", "_thumbs", "@eadir", "@recycle", "#recycle", "@recently-snapshot", "#snapshot")
 _DRIVES = ("$recycle.bin", "system volume information", "lost+found")
 LEFTOVERS = frozenset((*_FILES, *_FOLDERS, *_DRIVES))
+# Kinds of tables that are not read, though labels may be in them.
+OTHER_TABLES = (".json", ".jsonl", ".xlsx")
 # Files left out, as (name, reason).
 Skipped = Sequence[tuple[str, str]]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from remap.data.copies import copies_together, first_copies
 from remap.data.file_listing import Listing
-from remap.data.image_files import Skipped, also_left_out
+from remap.data.image_files import OTHER_TABLES, Skipped, also_left_out
 from remap.data.sources import PATHS, TABLES, Source, find_source, unknown_classes
 from remap.data.splits import ImageData, Split
 from remap.errors import DataError
@@ -129,7 +129,7 @@ def table_hint(word: str, skipped: Skipped) -> str | None:
         # With all files of the folder, which may be splits.
         ((".parquet",), "if these are Parquet files of images, write parquet: before it: --data parquet:{1}"),
         ((".cls", ".tar"), "if these are WebDataset shards, write webdataset: before it: --data webdataset:{1}"),
-        ((".json", ".jsonl", ".xlsx"), "if {0} holds the labels, convert it to a CSV and name that"),
+        (OTHER_TABLES, "if {0} holds the labels, convert it to a CSV and name that"),
     ):
         table = next((name for name, _ in skipped if name.lower().endswith(endings)), None)
         if table is not None:

@@ -113,7 +113,8 @@ class Rows(LabeledFiles):
                 skipped.append((plain(row.name), reason or ""))
             elif labels.setdefault(row.name, label) != label:
                 given = f"{plain(row.name)}: {plain(labels[row.name])}, {plain(label)}"
-                do = "write each file once, with one label; to learn several labels an image, set task=multilabel"
+                several = "set task=multilabel (data check and init: --multilabel)"
+                do = f"write each file once, with one label; to learn several labels an image, {several}"
                 raise DataError("a file has two labels", given=given, do=do)
             elif (split, row.name) in taken:  # it would count twice
                 skipped.append((plain(row.name), REPEATED))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from remap.data.file_listing import Listing, member_path, require_few
-from remap.data.image_files import why_not_read
+from remap.data.image_files import OTHER_TABLES, why_not_read
 from remap.data.images import MAX_BYTES
 from remap.errors import DataError, RemapError
 from remap.io.checked_read import open_regular
@@ -74,10 +74,10 @@ def list_tar(path: Path, also: tuple[str, ...] = (), held_so_far: Held | None = 
         raise
     except Exception as error:  # Python's readers raise many kinds; all mean the file is no usable archive
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error).rstrip(":")
-        raise DataError(
-            f"cannot read {path} as a tar archive: {reason}",
-            do="download or copy it again; if it is another kind of file, name the folder of the images",
-        ) from error
+        do = "download or copy it again; if it is another kind of file, name the folder of the images"
+        if path.suffix.lower() in OTHER_TABLES:
+            do = "if it holds the labels, convert it to a CSV and name that"
+        raise DataError(f"cannot read {path} as a tar archive: {reason}", do=do) from error
     return replace(listing_of_spans(path, files, folders), left_out=left_out)
 
 

@@ -183,7 +183,9 @@ def _count_steps(training: Training, pace: Pace, shown: Step, accuracies: Mappin
         figures = {**result.losses, **accuracies, "lr": result.learning_rate, **speed, **memory}
         figures = figures if result.finite else {}
         shown.advance(1, **figures)
+        training.count_time()
         raised = raised or raised_in(training.accelerator, job.on_step, update + 1, figures)
+        training.leave_out_time()  # a tracker that starts takes seconds
     return raised
 
 

@@ -110,7 +110,7 @@ class Training:
         # Opened again at ``state.step``, which going back to a checkpoint may have changed.
         self.stream, tensors = None, self.tensors().values()
         self.buffers = [t for t in tensors if not isinstance(t, (nn.Parameter, DTensor))]
-        self._counted_at = time.perf_counter()  # evaluation is not training time
+        self.leave_out_time()  # evaluation is not training time
 
     @torch.no_grad()
     def remember_buffers(self) -> None:
@@ -132,6 +132,10 @@ class Training:
         """Add the time since the last call, or since the epoch began, to the training time."""
         now = time.perf_counter()
         self.state.seconds, self._counted_at = self.state.seconds + now - self._counted_at, now
+
+    def leave_out_time(self) -> None:
+        """Count no time since the last call of ``count_time``."""
+        self._counted_at = time.perf_counter()
 
     def write_checkpoint(self, *, must: bool) -> None:
         """Write a checkpoint of what is trained now; every process calls it.

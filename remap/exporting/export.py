@@ -17,7 +17,7 @@ from remap.exporting import FORMATS
 from remap.exporting.check import Comparison, bytes_below, bytes_of, compare, require_equal, student_answer
 from remap.exporting.format import ExportOptions, Format
 from remap.exporting.int8 import quantise, require_gate, require_labels
-from remap.exporting.model_card import model_card
+from remap.exporting.model_card import SCRIPT, model_card
 from remap.exporting.task_source import TaskSource
 from remap.io import atomic_write
 from remap.io.checked_json import read_run_json
@@ -103,10 +103,13 @@ def export_student(
                     comparison = compare(student, answer, images, (size, bytes_below(folder / form.file)))
                     report = require_gate(source, answer, images, chosen)
                 facts = facts | {"int8": {"kind": chosen.int8, **report.to_dict()}}
+        usage = form.usage(source, chosen)
+        if usage:
+            atomic_write.write_text(folder / SCRIPT, usage)
         files = sorted(file.relative_to(folder).as_posix() for file in files_below(folder))
         record = source.facts | facts | {"format": to, "comparison": comparison and comparison.to_dict()}
         record["files"] = sorted({*files, CARD, RECORD})
-        card = model_card(source, row, record, form.usage(source, chosen))
+        card = model_card(source, row, record, usage)
         atomic_write.write_text(folder / CARD, card)
         atomic_write.write_json(folder / RECORD, record)
     return Exported(output, output / form.file, comparison, record)

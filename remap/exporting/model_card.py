@@ -9,6 +9,8 @@ from remap.exporting import FormatEntry
 from remap.exporting.task_source import UNKNOWN_LICENCE, TaskSource
 from remap.io.names import plain
 
+# The card's Python as a file.
+SCRIPT = "classify.py"
 # Class names shown in the card; all of them are in the metadata.
 _SHOWN = 20
 
@@ -52,8 +54,9 @@ def model_card(source: TaskSource, row: FormatEntry, record: dict[str, Any], usa
     ]
     if "input" in record:
         shape = " x ".join(map(str, record["input"]["shape"]))
-        rows.append(("input", f"`images`: {record['input']['type']}, {shape}"))
-        rows.append(("output", f"{record['output']}, B x {len(classes)}"))
+        named = f"`{record['input']['name']}`: " if "name" in record["input"] else ""
+        rows.append(("input", f"{named}{record['input']['type']}, {shape}"))
+        rows.append(("output", f"{record['output']}, {record['input']['shape'][0]} x {len(classes)}"))
     if record.get("int8"):
         rows.append(("int8", f"`{json.dumps(record['int8'])}`"))
     if found := record["comparison"]:
@@ -64,8 +67,8 @@ def model_card(source: TaskSource, row: FormatEntry, record: dict[str, Any], usa
     lines += table(rows)
     lines += ["", "Licences of teacher and base model may bind what was made of them: read both before you ship.", ""]
     if usage:
-        save = "Save this as `classify.py` in this folder, then run `python classify.py PHOTO`."
-        lines += ["## Classify a photograph", "", save, "", "```python"]
+        run = f"In this folder, `python {SCRIPT} PHOTO`; {SCRIPT} is"
+        lines += ["## Classify a photograph", "", run, "", "```python"]
         lines += [usage.rstrip(), "```", ""]
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from remap.errors import RunError
-from remap.exporting import FormatEntry
+from remap.exporting import FormatEntry, snippets
 from remap.exporting.format import ExportOptions, Format
 from remap.exporting.task_source import TaskSource
 from remap.exporting.timm_folder import TimmFolder
@@ -41,11 +41,13 @@ class OtherRuntime(Format):
             raise RunError(f"timmx cannot write {self.row.name}", given=str(error), do=do) from error
         finally:
             shutil.rmtree(plain, ignore_errors=True)
-        taken = {"name": "image", "type": "float32", "shape": [1, *source.meta.preprocess.shape]}
+        # Without a name: each runtime has one of its own.
+        taken = {"type": "float32, (pixel / 255 - mean) / std", "shape": [1, *source.meta.preprocess.shape]}
         return {"input": taken, "output": "logits"}
 
     def open(self, source: TaskSource, folder: Path, options: ExportOptions) -> None:
         """Run nothing: timmx has compared its file with torch, and ends with an error where they differ."""
 
     def usage(self, source: TaskSource, options: ExportOptions) -> str:
-        return ""
+        """Return Python for OpenVINO; the other runtimes have code of their own for each device."""
+        return snippets.openvino(source, self.file) if self.row.name == "openvino" else ""

@@ -83,6 +83,16 @@ metadata = json.loads(extra["metadata.json"])
 classes, view = metadata["classes"], metadata["preprocessing"]
 {images}{say}
 """
+_OPENVINO = """\
+import json, sys
+import numpy as np, openvino
+from PIL import Image, ImageOps
+
+network = openvino.Core().compile_model("{file}", "CPU")
+facts = json.load(open("export.json"))
+classes, view = facts["classes"], facts["preprocessing"]
+{images}{say}
+"""
 _OF_MODEL = """\
 import json, sys
 import {packages}, numpy as np, torch
@@ -122,6 +132,12 @@ def many_tasks(view: View, options: ExportOptions, file: str) -> str:
 def torch_program(source: TaskSource, options: ExportOptions, file: str) -> str:
     """Return Python for a program of torch.export."""
     return _TORCH.format(file=file, images=_images(source.view, options), say=_say(source, options, _PYTORCH))
+
+
+def openvino(source: TaskSource, file: str) -> str:
+    """Return Python for an OpenVINO file: openvino, numpy and Pillow."""
+    say = _say(source, ExportOptions(), "network(images)[0][0]")
+    return _OPENVINO.format(file=file, images=_images(source.view, ExportOptions()), say=say)
 
 
 def timm_model(source: TaskSource) -> str:

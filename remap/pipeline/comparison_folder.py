@@ -26,6 +26,8 @@ from remap.runs.run_records import JUDGED
 
 # The file that names the recipe of a comparison, and the folders of the teacher that its runs share, and of trials.
 MARKER, TEACHER, SEARCH = "compare-of.txt", "teacher", "search"
+# What a recommendation writes at its end, into a folder that is otherwise that of a comparison.
+RECOMMENDATION = "recommend.json"
 # The command that was given last: it resumes the comparison. And the recipe, to name what another one differs in.
 COMMAND, RECIPE = "command.txt", "compare-recipe.yaml"
 # What is not done again for another recipe: finished runs and trials, and a teacher that is being tuned.

@@ -86,8 +86,8 @@ def require_rankable(recipe: Recipe, methods: Sequence[str], output: Path, budge
 
     Raises:
         RunError: The folder cannot be one of trials, or the recipe cannot be compared.
-        RecipeError: There is more than one class an image, or another part of the images is held out, or the budget is
-            another one.
+        RecipeError: There is one method alone, or more than one class an image, or another part of the images is held
+            out, or the budget is another one.
     """
     require_folder(output)
     if recipe.data.multilabel:
@@ -101,6 +101,9 @@ def require_rankable(recipe: Recipe, methods: Sequence[str], output: Path, budge
     if kind == "minutes":
         line = f"--budget {budget}: not a budget of this command (write epochs=N or parameters=N)"
         raise RecipeError([line], "command line")
+    if len(set(methods)) < 2:
+        line = f"--methods {','.join(methods)}: one method has no other to be ranked with"
+        raise RecipeError([line], "command line", do="name two or more, or train it: remap distill")
     comparison_cells(with_epochs(recipe, int(value)) if kind == "epochs" else recipe, methods, 1)
 
 

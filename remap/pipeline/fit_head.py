@@ -110,9 +110,9 @@ def fit_head(
         }
 
     stored = StoredTeacher.made_by(key, {"training": views.train.contents}, spec, shared, progress)
-    if stored.fetch(folder):
-        return
     title, classes = title_of(spec, recipe), len(views.data.classes)
+    if stored.fetch(folder, title):
+        return
     progress.say(
         f"{title} has no head for these {classes} classes: fitting one"
         if not fold

@@ -19,7 +19,14 @@ from remap.pipeline.build_cache import prepare_shared_teacher
 from remap.pipeline.compare import resumable
 from remap.pipeline.comparison_budget import of_length, read_budget, trained_parameters, with_epochs, within_parameters
 from remap.pipeline.comparison_cells import Cell, comparison_cells
-from remap.pipeline.comparison_folder import TEACHER, claim, fingerprint_of, is_done, require_same_images
+from remap.pipeline.comparison_folder import (
+    RECOMMENDATION,
+    TEACHER,
+    claim,
+    fingerprint_of,
+    is_done,
+    require_same_images,
+)
 from remap.pipeline.comparison_plan import require_rankable
 from remap.pipeline.comparison_search import held_out
 from remap.pipeline.held_out_classes import require_each_class
@@ -38,7 +45,6 @@ from remap.runs.task import open_backbone
 # Shares of the epochs that the rounds take. Half of the methods go on, two at least.
 ROUNDS = (1 / 8, 1 / 4, 1.0)
 FEWEST = 2
-RECORD = "recommend.json"
 
 
 @dataclass
@@ -107,7 +113,7 @@ def recommend(
         "teacher": recipe.teacher.model if recipe.teacher is not None else None,
         "left_out": left_out,
     }
-    atomic_write.write_json(output / RECORD, found)
+    atomic_write.write_json(output / RECOMMENDATION, found)
     return found
 
 

@@ -72,17 +72,19 @@ class StoredTeacher:
             return cls(None, progress)
         return cls({**key(), "machine": machine(), "versions": library_versions()}, progress)
 
-    def fetch(self, folder: Path) -> bool:
-        """Copy it into a teacher's folder, for all processes; return whether it was there."""
+    def fetch(self, folder: Path, title: str) -> bool:
+        """Copy it into a teacher's folder, for all processes; return whether it was there.
+
+        Args:
+            title: How messages call it.
+        """
         found = False
         if self.key is not None:
             try:
                 found = fetch_teacher(prepared_root(), self.key, folder / "task")
                 if found:
                     read_tensors(folder / "task", read_meta(folder / "task"))
-                    self.progress.say(
-                        f"the teacher was {self._made} on these images before, and is read from the cache"
-                    )
+                    self.progress.say(f"{title} was {self._made} on these images before, and is read from the cache")
             except Interrupted:
                 raise
             except RemapError as error:  # a cache saves time; what is wrong with it must not cost the run

@@ -52,7 +52,7 @@ def teachers_to_tune(
             if key not in shared.tuned_teachers and not is_prepared(folder):
                 require_unlinked(folder)
                 stored = StoredTeacher.of(tuning, spec, shared, progress)
-                if not stored.fetch(folder):
+                if not stored.fetch(folder, title):
                     classes = len(shared.classes(recipe))
                     progress.say(f"{title} has no head for these {classes} classes: tuning it ({spec.prepare})")
                     if spec.prepare == AUTO:

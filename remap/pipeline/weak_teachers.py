@@ -13,6 +13,7 @@ from remap.io.human_size import number_of
 from remap.pipeline.components import RunComponents
 from remap.pipeline.computed_once import evaluate_once, measured
 from remap.pipeline.prepared_teacher import PreparedTeacher
+from remap.pipeline.teacher_tuning import title_of
 from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import WORDS
@@ -42,9 +43,9 @@ def check_teachers(components: RunComponents, progress: Progress) -> None:
 def require_all_useful(components: RunComponents, untrained: Measured | None) -> None:
     """Call ``require_useful`` for each teacher."""
     for number, prepared in enumerate(components.teachers):
-        # Settings of the command line are those of the first one.
-        allow = "allow_weak: true of this teacher, in a recipe" if number else "--set teacher.allow_weak=true"
-        require_useful(prepared, untrained, components.views.val, allow)
+        # Settings of the command line are those of the first one, unless they name a number.
+        allow = f"--set teacher{f'.{number + 1}' if number else ''}.allow_weak=true"
+        require_useful(prepared, untrained, components.views.val, allow, title_of(prepared.spec, components.recipe))
 
 
 def require_useful(
@@ -52,6 +53,7 @@ def require_useful(
     untrained: Measured | None,
     source: ViewSource,
     allow: str = "--set teacher.allow_weak=true",
+    title: str = "the teacher",
 ) -> None:
     """Refuse a teacher whose accuracy, or mAP, is not clearly above chance, or clearly below the untrained student's.
 
@@ -61,7 +63,7 @@ def require_useful(
 
     Args:
         untrained: The untrained student's figure; None compares with chance alone, before the student is evaluated.
-        allow: How a weak teacher is allowed, for the message.
+        allow, title: How a weak teacher is allowed, and how it is called, for the message.
 
     Raises:
         TrainingError: The teacher is too weak.
@@ -85,7 +87,7 @@ def require_useful(
     images = number_of(count, "evaluation image")
     few = "judge it by more images (--val-data), " if count < FEW_IMAGES else ""
     raise TrainingError(
-        f"the teacher's {metric} on {images} is {teacher.accuracy}: {why}",
+        f"{title}'s {metric} on {images} is {teacher.accuracy}: {why}",
         given=f"{teacher.network.identity.model}, head: {teacher.head}; in brackets 95% intervals",
         do=f"start a new run: {few}{_remedy(teacher)}\n           or allow it: {allow}",
     )

@@ -16,7 +16,7 @@ from remap.data.hugging_face import HuggingFace
 from remap.data.image_files import Skipped, also_left_out, left_out, why_left_out
 from remap.data.images import SUFFIXES
 from remap.data.sources import TABLES, Source, find_source, list_files
-from remap.data.words import of_images, parsed
+from remap.data.words import Word, of_images, parsed
 from remap.errors import DataError
 from remap.io.checked_read import open_regular
 from remap.io.paths import expanded
@@ -132,8 +132,9 @@ class Inputs:
         files, skipped = source.images(word)
         for counter in (self.left_out, left_out):
             counter.update(reason for _, reason in skipped)
+        folder = _folder_of(parsed(word))
         for name, listing in files:
-            yield Item(f"{parsed(word).rest}/{name}", partial(listing.read, name), judged=True)
+            yield Item(os.path.join(folder, name), partial(listing.read, name), judged=True)
 
     def _items(self, word: str) -> Iterator[Item]:
         path = expanded(word := of_images(word))
@@ -157,6 +158,12 @@ class Inputs:
         if reason is not None:
             self.left_out[reason] += 1
         return reason is None
+
+
+def _folder_of(word: Word) -> str:
+    """Return where the names that a source gives its images are: of a table or of shards, the folder beside them."""
+    is_file = word.rest.lower().endswith((*FILES_OF_IMAGES, ".tar"))
+    return word.options.get("folder") or (os.path.dirname(word.rest) if is_file else word.rest)
 
 
 def _matches(pattern: str) -> Iterator[str]:

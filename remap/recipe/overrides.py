@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from remap.backbones.names import SHORT_NAMES
 from remap.errors import RecipeError
+from remap.io.human_size import number_of
 from remap.recipe import strict_yaml
 from remap.recipe.schema import EMA, OF_OTHERS, SELF, Recipe, as_list, default_losses, loss_words
 from remap.registry import did_you_mean
@@ -146,16 +147,23 @@ def _is_student(spec: Mapping[str, Any]) -> bool:
 def apply(values: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
     """Set a dotted key.
 
-    ``losses.kd.weight`` reaches into the list by name, ``teacher.prepare`` is that of the first teacher; ``method``
-    given as a word has none of another method's options, and all of its own.
+    ``losses.kd.weight`` reaches into the list by name, ``teacher.prepare`` is that of the first teacher and
+    ``teacher.2.prepare`` that of the second; ``method`` given as a word has none of another method's options, and all
+    of its own.
     """
     own = values.get("method")
     if key == "method" and isinstance(own, dict) and own.get("name") == value:
         return
     *parents, last = key.split(".")
     here: Any = values
+    if parents[:1] == ["teacher"] and len(parents) > 1 and parents[1].isdecimal():
+        count = len(_teacher_places(values))
+        if not 1 <= int(parents[1]) <= count:
+            problems.append(f"{key}: there are {number_of(count, 'teacher')}, counted from 1")
+            return
+        here, parents = _mapping(*_teacher_places(values)[int(parents[1]) - 1]), parents[2:]
     for depth, part in enumerate(parents):
-        here = _inside(here, part) if depth else _section(values, part)
+        here = _inside(here, part) if depth or here is not values else _section(values, part)
         if here is None:
             problems.append(f"{key}: there is no '{part}' to set a field of{_hint(parents, values)}")
             return
@@ -173,6 +181,18 @@ def _section(values: dict[str, Any], part: str) -> Any:
         values["teacher"] = list(values["teacher"]) or [None]
         return _mapping(values["teacher"], 0)
     return _mapping(values, part, {"name": Recipe().method.name} if part == "method" else None)
+
+
+def _teacher_places(values: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Return where each teacher stands: a holder, and its key or index in it."""
+    places: list[tuple[Any, Any]] = []
+    for key in ("teacher", "more_teachers"):
+        if isinstance(values.get(key), (list, tuple)):
+            values[key] = list(values[key])
+            places += [(values[key], index) for index in range(len(values[key]))]
+        elif values.get(key) is not None:
+            places.append((values, key))
+    return places
 
 
 def _inside(here: Any, part: str) -> Any:

@@ -16,7 +16,7 @@ from remap.exporting import FORMATS, snippets
 from remap.exporting.check import Comparison, bytes_of, compare, require_equal
 from remap.exporting.export import CARD, RECORD, making
 from remap.exporting.format import ExportOptions, Format
-from remap.exporting.model_card import literal, table
+from remap.exporting.model_card import SCRIPT, literal, table
 from remap.exporting.onnx_file import answer_of, save_graph, traced
 from remap.exporting.program import Program, example, input_in_words
 from remap.exporting.task_source import DRAWN, SourceImages, licence_of_base_model, preprocessing_facts
@@ -114,8 +114,10 @@ def export_tasks(
             cut, sizes = 0.0 if student.network.task == MULTILABEL else None, (bytes_of(student.model), size)
             found[name] = compare(student.logits_of_views, answer, images, sizes, cut)
             require_equal(found[name], f"onnx (task {name})")
-        atomic_write.write_text(folder / CARD, _card(facts, found, snippets.many_tasks(view, chosen, FILE)))
-        record = facts | {"format": "onnx", "files": [CARD, RECORD, FILE]}
+        usage = snippets.many_tasks(view, chosen, FILE)
+        atomic_write.write_text(folder / SCRIPT, usage)
+        atomic_write.write_text(folder / CARD, _card(facts, found, usage))
+        record = facts | {"format": "onnx", "files": [CARD, SCRIPT, RECORD, FILE]}
         record["comparison"] = {name: one.to_dict() for name, one in found.items()}
         atomic_write.write_json(folder / RECORD, record)
     return found
@@ -177,7 +179,7 @@ def _card(facts: dict[str, Any], found: Mapping[str, Comparison], usage: str) ->
             "Licences of the base model and of the teachers of these tasks may bind what was made of them: read them"
             " before you ship. What the teachers were is in the runs that the tasks are from.",
             "",
-            "Save this as `classify.py` in this folder, then run `python classify.py PHOTO TASK`.",
+            f"In this folder, `python {SCRIPT} PHOTO TASK`; {SCRIPT} is",
             "",
             "```python",
             usage.rstrip(),

@@ -241,3 +241,11 @@ def test_the_code_of_a_lost_process_is_that_of_the_engine() -> None:
     from remap.distributed.launch import ProcessLost
 
     assert ProcessLost("x").exit_code in launch.CONSEQUENCES
+
+
+@pytest.mark.parametrize(("rank", "says"), [("0", "No such option"), ("1", "")])
+def test_a_wrong_option_is_said_by_the_first_process_alone(rank: str, says: str) -> None:
+    words = [sys.executable, "-m", "remap_cli", "distill", "--epoch", "1"]
+    environment = os.environ | {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2 and says in done.stderr and bool(done.stderr) is bool(says) and not done.stdout

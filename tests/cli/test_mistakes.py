@@ -446,3 +446,37 @@ def test_the_files_of_a_run_do_not_start_many_processes(
 def test_words_of_other_tools_have_a_hint(remap: Callable[..., Result], words: list[str], advice: str) -> None:
     result = remap(*words)
     assert result.exit_code == 2 and advice in result.message
+
+
+def test_a_recommendation_has_no_report(remap: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "rec").mkdir()
+    for name in ("compare-of.txt", "recommend.json"):
+        (tmp_path / "rec" / name).touch()
+    result = remap("report", "rec")
+    assert result.exit_code == 2 and "rec holds a recommendation, which has no report" in result.message
+
+
+def test_labels_in_a_file_that_is_not_read_are_to_be_a_csv(remap: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "labels.jsonl").write_text('{"file": "a.png", "label": "x"}')
+    result = remap("data", "check", "labels.jsonl")
+    assert result.exit_code == 2 and "convert it to a CSV" in result.message
+
+
+def test_a_method_that_a_budget_leaves_out_is_named(
+    remap: Callable[..., Result], pictures: Path, tiny: list[str], weak: list[str]
+) -> None:
+    words = [
+        "--methods",
+        "linear,full",
+        "--seeds",
+        "1",
+        "--budget",
+        "parameters=1000",
+        "--jobs",
+        "1",
+        "--losses",
+        "ce,kd",
+    ]
+    result = remap("compare", "--data", pictures, *tiny, *weak, *words)
+    assert result.exit_code == 0, getattr(result, "message", result.output)
+    assert "left out: full" in " ".join(result.output.split())

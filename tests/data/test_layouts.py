@@ -3,6 +3,7 @@
 Expected classes and counts are what lies in the folders, counted by hand.
 """
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,6 +214,17 @@ def test_folders_that_hold_the_same_folders_may_be_splits(tree: Tree, names: tup
     text = refusal(tree(images(*(f"{part}/{name}" for part in names for name in ("cat", "dog")))))
     first, second = sorted(names)
     assert "if these are splits, name them: --data" in text and f"{first} --val-data" in text and text.endswith(second)
+
+
+def test_three_folders_of_the_same_folders_are_not_called_splits(tree: Tree) -> None:
+    text = refusal(tree(images(*(f"{part}/{name}" for part in ("x", "y", "z") for name in ("cat", "dog")))))
+    assert "data.depth=2" in text and "if these are splits" not in text
+
+
+def test_a_command_that_is_advised_can_be_pasted(tree: Tree) -> None:
+    text = refusal(tree(images(*(f"{part}/{name}" for part in ("part 1", "part 2") for name in ("cat", "dog")))))
+    words = shlex.split(text.partition("name them: ")[2])
+    assert [word.rpartition("/")[2] for word in words] == ["--data", "part 1", "--val-data", "part 2"]
 
 
 @pytest.mark.parametrize("name", ["caf\u00e9", "\ud55c\uad6d", "\u304c\u304e", "\u00c5ngstr\u00f6m"])

@@ -113,6 +113,8 @@ def test_what_cannot_be_meant_is_refused(
     for path, expected in cases.values():
         with pytest.raises(DataError, match=expected):
             open_data(str(path), None, 0.25)
+    with pytest.raises(DataError, match=r"the column label holds no images\n  given:   label \(string\)"):
+        open_data(f"parquet:{cases['two columns of images'][0]},image=label", None, 0.25)
     monkeypatch.setattr(parquet, "FREE_GROWTH", 2**21)
     bomb = tmp_path / "6.parquet"  # 64 MiB of one value in a few kB
     pq.write_table(pa.table({"image": [one] * 64, "label": ["a", "b"] * 32}), bomb, compression="zstd")

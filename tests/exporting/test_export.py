@@ -83,7 +83,7 @@ def test_onnx_runs_without_torch_and_remap(
     run, output = finished(method), tmp_path / "onnx"
     found = export_student(run, "onnx", output, **options)
     assert found.comparison is not None and found.comparison.count == 9
-    assert sorted(path.name for path in output.iterdir()) == ["README.md", "export.json", "model.onnx"]
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "classify.py", "export.json", "model.onnx"]
 
     import onnx
 
@@ -333,7 +333,7 @@ def test_an_empty_folder_is_filled(finished: Finished, tmp_path: Path, monkeypat
     before = mine.stat().st_ino
     monkeypatch.chdir(mine)
     export_student(run, "task", ".")
-    assert sorted(path.name for path in mine.iterdir()) == ["README.md", "export.json", "task"]
+    assert sorted(path.name for path in mine.iterdir()) == ["README.md", "classify.py", "export.json", "task"]
     assert mine.stat().st_ino == before and list(tmp_path.iterdir()) == [mine]
     assert remap.load_student(mine, "cpu").classes == ("blue", "green", "red")
     export_student(run, "task", tmp_path / "new")
@@ -469,6 +469,54 @@ def test_the_card_refuses_colours_whose_values_it_does_not_see(tmp_path: Path, m
     export_student(task, "torch", tmp_path / "out")
     with pytest.raises(AssertionError, match="colours of 16 bits: remap predict reads them"):
         _here(tmp_path / "out", [tmp_path / "wide.png"], monkeypatch)
+
+
+TIMMX = """
+import shutil
+class TimmxError(Exception): ...
+def export_model(runtime, name, *, pretrained, output):
+    shutil.copytree(name.removeprefix("local-dir:"), output)
+"""
+OPENVINO = """
+import timm, torch
+class Core:
+    def compile_model(self, path, device):
+        model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+        return lambda images: [model(torch.from_numpy(images)).detach().numpy()]
+"""
+
+
+def test_the_card_of_openvino_reads_a_photograph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stand-ins for timmx and OpenVINO, with their calls; expected: the student's own labels."""
+    (tmp_path / "timmx.py").write_text(TIMMX)
+    (tmp_path / "openvino.py").write_text(OPENVINO)
+    monkeypatch.syspath_prepend(tmp_path)
+    task, draws = _task(tmp_path, 3, Pixels()), np.random.default_rng(0)
+    files = [tmp_path / f"{number}.png" for number in range(4)]
+    for number, file in enumerate(files):
+        Image.fromarray(draws.integers(0, 60 * (number + 1), (20, 24, 3)).astype(np.uint8)).save(file)
+    export_student(task, "openvino", tmp_path / "out")
+    assert (
+        "| input | float32, (pixel / 255 - mean) / std, 1 x 3 x 16 x 16 |" in (tmp_path / "out/README.md").read_text()
+    )
+    _here(tmp_path / "out", files, monkeypatch)
+    found = capsys.readouterr().out.split()
+    assert found == [name for name, _ in remap.load_student(task, "cpu").predict(files)]
+    assert len(set(found)) > 1
+    for name in ("timmx", "openvino"):
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_the_script_beside_the_card_is_its_python_and_is_replaced_with_it(tmp_path: Path) -> None:
+    task, output = _task(tmp_path, 3, Pixels()), tmp_path / "out"
+    export_student(task, "timm", output)
+    assert (output / "classify.py").read_text().rstrip() == card_code(output).rstrip()
+    export_student(task, "timm", output, force=True)
+    (output / "mine.txt").touch()
+    with pytest.raises(RunError, match="files that the export did not write"):
+        export_student(task, "timm", output, force=True)
 
 
 def card_code(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,16 @@ def test_a_signal_is_not_taken_for_what_a_run_can_do_without(
     with pytest.raises(Interrupted, match=r"stopped by SIGTERM(\n|$)"):  # not "while", later
         remap.distill(tiny.recipe("train.epochs=1", losses="ce,kd"), output=tmp_path / "run")
     assert RunDir(tmp_path / "run").status() == "stopped"
+
+
+class Slow(remap.Callback):
+    """As a tracker that starts with the first figures."""
+
+    def on_step(self, step: int, values: Mapping[str, float]) -> None:
+        time.sleep(0.3)
+
+
+def test_the_time_of_callbacks_is_not_training_time(tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe(method="linear", losses="ce", teacher=None)
+    summary = remap.distill(recipe, output=tmp_path / "run", callbacks=[Slow()]).summary
+    assert summary["seconds"] - summary["train_seconds"] > 0.3 * EPOCHS * STEPS

@@ -84,10 +84,16 @@ def test_a_budget_of_epochs_chooses_no_losses(tiny: Any, tmp_path: Path, monkeyp
     monkeypatch.setattr("remap.pipeline.recommend.comparison_cells", stop)
     recipe = tiny.recipe("student.weights=none", student="convnext_atto", method="full")
     with pytest.raises(RunError, match="far enough"):
-        recommend(recipe, ["full"], tmp_path / "r", Silent(), "epochs=1")
+        recommend(recipe, ["full", "linear"], tmp_path / "r", Silent(), "epochs=1")
     assert "attention" in [loss.name for loss in recipe.losses] and seen == [["ce", "kd"]]
 
 
 def test_minutes_are_not_a_budget(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="minutes=3: not a budget of this command"):
         recommend(tiny.recipe(), ["linear"], tmp_path, Silent(), "minutes=3")
+
+
+def test_one_method_has_nothing_to_be_ranked_with(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--methods linear: one method has no other"):
+        recommend(tiny.recipe(), ["linear"], tmp_path / "r", Silent())
+    assert not (tmp_path / "r").exists()

@@ -284,6 +284,17 @@ def test_one_teacher_is_a_list_of_one(tmp_path: Path, form: str) -> None:
     assert resolve(tmp_path / "one.yaml", {"teacher": "c"}, ["teacher.prepare=full"]).teacher.model == "c"
 
 
+def test_each_of_several_teachers_is_set_by_its_number() -> None:
+    settings = ["teacher.prepare=probe", "teacher.2.prepare=full", "teacher.3.epochs=4"]
+    teachers = resolve(words={"teacher": "a,b:0.5,c"}, settings=settings).teachers
+    assert [(one.prepare, one.epochs) for one in teachers] == [("probe", None), ("full", None), ("probe", 4)]
+    listed = resolve(words={"teacher": ["a", "b"]}, settings=["teacher.2.weight=3", "teacher.1.weight=2"]).teachers
+    assert [one.weight for one in listed] == [2.0, 3.0]
+    for number in (0, 3):
+        (line,) = problems(words={"teacher": "a,b"}, settings=[f"teacher.{number}.weight=3"])
+        assert line == f"teacher.{number}.weight: there are 2 teachers, counted from 1"
+
+
 def test_a_problem_of_one_teacher_of_several_has_its_number() -> None:
     (line,) = problems(words={"teacher": ["a", {"model": "b", "prepare": "porbe"}]})
     assert line.startswith("teachers[1].prepare: unknown word 'porbe'; did you mean 'probe'?")
