@@ -11,7 +11,7 @@ from remap_cli import options as opt
 
 
 def adapt(
-    run: Annotated[Path, opt.run_argument("A run directory; it stays as it is.")],
+    run: Annotated[Path, typer.Argument(help="A run directory; it stays as it is.", show_default=False)],
     target: Annotated[
         str, typer.Option(help="Folder or tar of images of the other domain, without labels.", show_default=False)
     ],
@@ -34,6 +34,7 @@ def adapt(
 
     [dim]remap adapt runs/photos-lora-001 --target new_camera/[/dim]
     """
+    opt.require_there(run)
     with console.Reporter() as progress:
         with progress.wait("loading PyTorch"):
             from remap.pipeline.adapt import adapt as adapt_run

@@ -14,7 +14,7 @@ from remap_cli import options as opt
 
 
 def evaluate(
-    run: Annotated[Path, opt.run_argument("A run directory.")],
+    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
     data: Annotated[
         str | None, typer.Option(help="Other images with the same class names; by default the run's own split.")
     ] = None,
@@ -23,6 +23,7 @@ def evaluate(
     json: opt.Json = False,
 ) -> None:
     """Evaluate a finished run. On its own split this gives exactly the reported accuracy."""
+    opt.require_there(run)
     launch.start_processes(devices)
     from remap.distributed.launch import check_processes
     from remap.pipeline.evaluate_run import evaluate_run

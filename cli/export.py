@@ -18,7 +18,7 @@ def _choice(help: str, panel: str, shown: str | None = None) -> Any:
 
 
 def export(
-    run: Annotated[Path, opt.run_argument("A run directory, or a copy of its task folder.")],
+    run: Annotated[Path, typer.Argument(help="A run directory, or a copy of its task folder.", show_default=False)],
     to: Annotated[str, typer.Option(help=f"Format: {', '.join(FORMATS.names)}.", show_default=False)],
     output: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="RUN/export/FORMAT")] = None,
     input: Annotated[
@@ -44,6 +44,7 @@ def export(
 
     [dim]remap export runs/photos-lora-001 --to onnx --input uint8[/dim]
     """
+    opt.require_there(run)
     if not launch.is_first():
         return
     from remap.exporting.export import export_student

@@ -20,7 +20,7 @@ _HOW = "ranpac, prototypes, lwf, finetune (the lower bound), or the run's method
 
 
 def extend(
-    run: Annotated[Path, opt.run_argument("A finished run directory; it stays as it is.")],
+    run: Annotated[Path, typer.Argument(help="A finished run directory; it stays as it is.", show_default=False)],
     data: Annotated[str, typer.Option(help="The new images, as for `remap tune`.", show_default=False)],
     val_data: Annotated[str | None, typer.Option(help="Separate folder or tar of them to evaluate on.")] = None,
     only: Annotated[str | None, typer.Option(help="Classes of --data to learn, with commas; all by default.")] = None,
@@ -49,6 +49,7 @@ def extend(
 
     [dim]remap extend runs/birds-lora-001 --data new_birds --explain[/dim]
     """
+    opt.require_there(run)
     from remap.recipe.problems import checked
     from remap.recipe.schema import DataSpec
 

@@ -48,11 +48,6 @@ def require_there(run: Path | None) -> Path | None:
     return run
 
 
-def run_argument(help: str) -> Any:
-    """Return the argument of a command that reads a run."""
-    return typer.Argument(help=help, show_default=False, callback=require_there)
-
-
 @dataclass(frozen=True)
 class OptionRow:
     """One option of one or more training commands.

@@ -23,7 +23,7 @@ MEMORY, SKIPPED = "accumulation", ("skipped steps", "learning-rate factor")
 
 
 def repeat(
-    run: Annotated[Path, opt.run_argument("A finished run directory.")],
+    run: Annotated[Path, typer.Argument(help="A finished run directory.", show_default=False)],
     output: Annotated[Path | None, typer.Option(help="Run directory to make.", show_default="RUN-repeat-001")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Decoding threads; they change no result.", show_default="the run's own")
@@ -36,6 +36,7 @@ def repeat(
 
     Exit code 0: equal. 2: it could not be repeated. 4: it ran, and something differs.
     """
+    opt.require_there(run)
     if not launch.has_launcher():
         _take_threads_of(expanded(run))
     processes = _processes(expanded(run))

@@ -1,4 +1,4 @@
-"""Changes of a prepared classifier that a recipe asks for: its temperature, and how even its answers are.
+"""Changes of a prepared classifier that a recipe asks for: how sure it is, and how even its answers are.
 
 Letters: N images, C classes.
 """
@@ -46,6 +46,11 @@ def adjust_logits(
         temperature = calibrate(network, held_out, batch_size, progress)
         how = f"on {len(held_out.split)} training images: temperature {temperature:.2f}"
         progress.say(f"{title} is calibrated {how}")
+    if spec.soften is not None:
+        spread = soften(network, source, spec.soften, batch_size, progress)
+        if spread > spec.soften:
+            why = f"the standard deviation of its logits over the classes was {spread:.1f}"
+            progress.say(f"{title} is softened: {why}, now {spec.soften:g}")
     if not spec.balance:
         return None
     how, logits_NC = balance(network, source, spec.balance, batch_size, progress)
@@ -61,21 +66,50 @@ def calibrate(network: Network, source: ViewSource, batch_size: int, progress: P
     Raises:
         BackboneError: Its classes are groups of others, whose summed probabilities no common factor gives.
     """
-    heads = last_layers(network)
-    if any(isinstance(head, GroupedClassifier) for head in heads):
-        raise BackboneError(
-            "a temperature cannot be fitted to a teacher whose classes are groups of others",
-            do="leave teacher.calibrate out, or map each class to one (teacher.classes)",
-        )
+    _require_no_groups(network, "calibrate")
     logits_NC, readable = signals_of(network, source, batch_size, progress, "teacher logits", pooled=False)
     factor = best_factor(torch.from_numpy(logits_NC), torch.from_numpy(source.split.labels[readable]))
-    with torch.no_grad():
-        # All of them: logits that are the mean or sum of several classifiers scale with those together.
-        for head in heads:
-            head.weight.mul_(factor)
-            if head.bias is not None:
-                head.bias.mul_(factor)
+    _scale_logits(network, factor)
     return 1.0 / factor
+
+
+def soften(network: Network, source: ViewSource, limit: float, batch_size: int, progress: Progress) -> float:
+    """Divide the classifier's logits so that their standard deviation over the classes is at most ``limit``.
+
+    As a mean over images (``LOOKED_AT`` of them at most): how sure a teacher is at one temperature depends on how far
+    it was trained. (``logit_std`` divides the logits of each image by their own deviation, in both networks.)
+
+    Returns:
+        The mean standard deviation before.
+
+    Raises:
+        BackboneError: Its classes are groups of others, whose summed probabilities no common factor gives.
+    """
+    _require_no_groups(network, "soften")
+    logits_NC, _ = signals_of(
+        network, source, batch_size, progress, "the teacher's answers", pooled=False, at_most=LOOKED_AT
+    )
+    spread = float(logits_NC.std(axis=1, ddof=1).mean())
+    if spread > limit:
+        _scale_logits(network, limit / spread)
+    return spread
+
+
+def _require_no_groups(network: Network, option: str) -> None:
+    if any(isinstance(head, GroupedClassifier) for head in last_layers(network)):
+        raise BackboneError(
+            "a temperature cannot be fitted to a teacher whose classes are groups of others",
+            do=f"leave teacher.{option} out, or map each class to one (teacher.classes)",
+        )
+
+
+@torch.no_grad()
+def _scale_logits(network: Network, factor: float) -> None:
+    # All heads: logits that are the mean or sum of several classifiers scale with those together.
+    for head in last_layers(network):
+        head.weight.mul_(factor)
+        if head.bias is not None:
+            head.bias.mul_(factor)
 
 
 def best_factor(logits_NC: Tensor, labels_N: Tensor) -> float:

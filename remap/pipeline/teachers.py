@@ -176,11 +176,12 @@ def _with_head(
 
 def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:
     """Return backbone, origin of the head, and all that decides how it is fitted."""
+    adjusted = f"{spec.calibrate} {spec.balance} {spec.soften}"
     return "|".join(
         [
             network.identity.sha256,
             head,
-            f"{spec.model} {spec.weights} {spec.image_size} {spec.classes} {spec.calibrate} {spec.balance}"
+            f"{spec.model} {spec.weights} {spec.image_size} {spec.classes} {adjusted}"
             if head == "its own"
             else str(spec.model_dump(mode="json", exclude={"weight", "cache", "cache_dtype", "shard"})),
             str(recipe.data.model_dump(mode="json")),

@@ -51,6 +51,7 @@ def multilabel_problems(recipe: Recipe) -> Iterator[str]:
         "teacher.top_k": any(one.top_k is not None for one in recipe.teachers),
         "teacher.calibrate": any(one.calibrate for one in recipe.teachers),
         "teacher.balance": any(one.balance for one in recipe.teachers),
+        "teacher.soften": any(one.soften for one in recipe.teachers),
         "teacher.overtaken": any(one.overtaken != "keep" for one in recipe.teachers),
         "teacher.joint": any(one.joint for one in recipe.teachers),
         "teacher.prepare": any(one.prepare == WORDS for one in recipe.teachers),

@@ -13,7 +13,7 @@ from remap.io.paths import absolute
 from remap.recipe import named
 from remap.recipe.data_section import SELECTION, DataSpec
 from remap.recipe.named import InitSpec, LossSpec, MethodSpec, Named, default_losses, is_idle, loss_words, name_only
-from remap.recipe.paths import absolute_model, absolute_weights
+from remap.recipe.paths import absolute_model, absolute_weights, is_run
 from remap.recipe.sections import (
     EMA,
     LARGEST_SIDE,
@@ -44,6 +44,8 @@ Model = TypeVar("Model", bound=ModelSpec)
 BASE_WIDTH = 128
 # The result of a run without labels is a backbone, which this method changes freely.
 LABEL_FREE_METHOD = "full"
+# The spread of logits over the classes that kd's default temperature suits: about that of teachers that a run prepares.
+USUAL_SPREAD = 2.5
 # In place of losses: the run chooses them.
 AUTO = "auto"
 # Fields that change no result.
@@ -136,11 +138,13 @@ class Recipe(Section):
             object.__setattr__(self, "train", self.train.model_copy(update={"metric": METRIC[MULTILABEL]}))
         if (self.train.selects or self.train.align == "bias") and self.data.selection is None:
             object.__setattr__(self, "data", self.data.model_copy(update={"selection": SELECTION}))
-        teachers = tuple(
-            spec.model_copy(update={"prepare": AUTO}) if self._tries_ways(spec) else spec for spec in self.teachers
-        )
-        object.__setattr__(self, "teachers", teachers)
+        object.__setattr__(self, "teachers", tuple(map(self._with_defaults, self.teachers)))
         return self
+
+    def _with_defaults(self, spec: TeacherSpec) -> TeacherSpec:
+        if self._tries_ways(spec):
+            return spec.model_copy(update={"prepare": AUTO})
+        return spec.model_copy(update={"soften": USUAL_SPREAD}) if self._softens(spec) else spec
 
     def _tries_ways(self, spec: TeacherSpec) -> bool:
         """Whether ways to prepare a teacher are tried unless one is named: embedded models, on images of one's own.
@@ -152,6 +156,19 @@ class Recipe(Section):
         holds_out = spec.calibrate or spec.folds is not None or self.data.held_out is not None
         own_images = self.data.source not in (None, DEFAULT_SOURCE)
         return own_images and not holds_out and not spec.joint and self.data.fold is None
+
+    def _softens(self, spec: TeacherSpec) -> bool:
+        """Whether answers of a teacher that was trained before are made less sure, unless the recipe says how sure.
+
+        Trained by steps to their end, such teachers are so sure at the default temperature that kd repeats the labels,
+        and harder than ce does (docs/objectives.md).
+        """
+        chosen = "soften" in spec.model_fields_set or not self.has_default_losses or self.choose_losses
+        if chosen or not is_run(spec.model):
+            return False
+        data = self.data
+        labels = data.source is not None and not data.labels_are_few and not data.multilabel and data.target is None
+        return labels and spec.classes is None and not spec.joint and self.student.extends is None
 
     @model_serializer(mode="wrap")
     def _write_teachers(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -117,6 +117,12 @@ class TeacherSpec(ModelSpec):
     balance: Annotated[float, LATER] = Field(
         default=0.0, ge=0.0, le=1.0, description="Part of the log of a class's mean probability that its logits lose."
     )
+    soften: Annotated[float | None, LATER] = Field(
+        default=None,
+        gt=0.0,
+        description="Divide its logits so that their standard deviation over the classes is at most this. 2.5 is the"
+        " default of a run, where all images have labels and no losses are named.",
+    )
     folds: Annotated[int | None, LATER] = Field(
         default=None,
         ge=2,

@@ -14,7 +14,7 @@ def teacher_problems(recipe: Recipe) -> Iterator[str]:
     for key, spec in _teachers(recipe):
         yield from _preparation_problems(key, spec)
         if spec.is_student or spec.joint or not any(loss.reads_logits for loss in recipe.losses):
-            given = (name for name in ("calibrate", "balance") if getattr(spec, name))
+            given = (name for name in ("calibrate", "balance", "soften") if getattr(spec, name))
             why = "is for the logits of a teacher that stays as it was prepared (leave it out)"
             yield from (f"{key}.{name}: {why}" for name in given)
         if spec.calibrate and recipe.choose_losses:
