@@ -49,7 +49,6 @@ def extend(
 
     [dim]remap extend runs/birds-lora-001 --data new_birds --explain[/dim]
     """
-    opt.require_there(run)
     from remap.recipe.problems import checked
     from remap.recipe.schema import DataSpec
 
@@ -58,6 +57,7 @@ def extend(
         raise RecipeError([f"--explain trains nothing (leave {', '.join(named)} out)"], "extend")
     given = {"source": data, "val_source": val_data, "only": only}
     spec = checked(DataSpec, {name: value for name, value in given.items() if value is not None}, "extend")
+    opt.require_there(run)
     with console.Reporter() as progress:
         with progress.wait("loading PyTorch"):
             from remap.pipeline.extend import data_of

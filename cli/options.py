@@ -38,14 +38,12 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmat
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.", rich_help_panel=_RUN)]
 
 
-def require_there(run: Path | None) -> Path | None:
+def require_there(run: Path) -> None:
     """Refuse a run that is not there, before what reads it is loaded: PyTorch takes seconds."""
-    if run is not None:
-        from remap.io.paths import expanded
-        from remap.runs import run_dir  # imports pydantic, which --help needs not
+    from remap.io.paths import expanded
+    from remap.runs import run_dir  # imports pydantic, which --help needs not
 
-        run_dir.require_there(expanded(run))
-    return run
+    run_dir.require_there(expanded(run))
 
 
 @dataclass(frozen=True)

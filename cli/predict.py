@@ -8,6 +8,7 @@ import typer
 from remap.errors import RecipeError
 from remap.io.human_size import number_of
 from remap.io.names import plain
+from remap.io.paths import expanded
 from remap_cli import console, launch
 from remap_cli import options as opt
 
@@ -82,8 +83,14 @@ def predict(
         )
     if output is None and not launch.is_first():  # the images are not divided among processes
         return
-    from remap.prediction.inputs import Inputs  # without PyTorch, so that a wrong name is said at once
+    # What needs no PyTorch, so that a wrong name is said at once.
+    from remap.prediction.formats import require_writable
+    from remap.prediction.inputs import Inputs
 
+    if output is not None:
+        require_writable(expanded(output))
+    if isinstance(runs, Path):
+        opt.require_there(runs)
     inputs = Inputs(words, list_file or [])
     launch.start_processes(devices)
     from remap.prediction.predict import in_precision_of, open_students, predict_to_file
@@ -119,7 +126,7 @@ def _runs(run: Path | None, images: list[str], tasks: list[str]) -> tuple[Path |
     if not tasks:
         if run is None:
             raise RecipeError(["name a run directory, or tasks with --task NAME=RUN"], "command line")
-        return opt.require_there(run), images
+        return run, images
     named = [task.partition("=") for task in tasks]
     if not all(name and path for name, _, path in named) or len({name for name, _, _ in named}) < len(named):
         raise RecipeError(["--task is NAME=RUN, each name once"], "command line")
