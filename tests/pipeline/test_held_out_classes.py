@@ -52,7 +52,7 @@ def _search(recipe: Recipe, folder: Path) -> None:
 
 
 def _recommend(recipe: Recipe, folder: Path) -> None:
-    recommend(recipe, ["linear"], folder, Silent())
+    recommend(recipe, ["linear", "bitfit"], folder, Silent())
 
 
 @pytest.mark.parametrize("command", [_search, _recommend])
