@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+# The first backward pass starts a thread for each device that there is, and no process with such threads can be forked:
+# here it is taken before there is a GPU.
+torch.ones((), requires_grad=True).backward()
 # One for all tests: what code remembers by device may be of an earlier one.
 _GPU = FakeTensorMode()
 
