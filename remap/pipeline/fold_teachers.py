@@ -102,7 +102,7 @@ class FoldTeachers:
 
     def _adjust(self, network: Network, fold: int, progress: Progress) -> None:
         """Change its classifier as that of the teacher of all labels, by images outside of the fold."""
-        if self.spec.calibrate or self.spec.balance or self.spec.soften:
+        if self.spec.adjusts_logits:
             part = self.shared.open(data_of_teacher(self.recipe, self.spec, fold), self.views.view, progress)
             source = part.train if self.views.unlabeled is None else self.views.unlabeled
             title, batch_size = title_of(self.spec, self.recipe, fold), self.recipe.train.batch_size

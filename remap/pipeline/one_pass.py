@@ -135,7 +135,7 @@ def objectives_of_one_pass(
     """Return the losses that read no logits and those that do, where one pass serves the head and both; else None."""
     spec, network, data = recipe.teachers[number], teachers[number], recipe.data
     once = data.augment == "none" and not data.unlabeled_only and recipe.train.accumulation == 1
-    once = once and not (spec.calibrate or spec.balance or spec.soften)
+    once = once and not spec.adjusts_logits
     cached = spec.cache != "off" and what_changes(spec, data) is None
     alone = accelerator().num_processes == 1 and not is_sharded(network)
     if not (once and cached and alone) or any(one.model == EMA for one in recipe.teachers):

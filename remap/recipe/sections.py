@@ -155,6 +155,11 @@ class TeacherSpec(ModelSpec):
         return self
 
     @property
+    def adjusts_logits(self) -> bool:
+        """Whether the logits of its prepared classifier are changed."""
+        return bool(self.calibrate or self.balance or self.soften)
+
+    @property
     def keeps_less(self) -> bool:
         """Whether it says how outputs are stored on disk."""
         return self.top_k is not None or self.cache_dtype != "auto"
